@@ -1,0 +1,395 @@
+"""Every setting of a run, with its unit; TOML file + dotted command-line overrides; unknown keys are errors.
+
+`load_config(path, overrides)` is the only way in. What can be known to be impossible from the settings alone is refused here,
+before a model is loaded; what depends on the model (a pattern that hits nothing, a missed budget) is refused in `fastlora.lora`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+MAX_RANK = 1024
+"""Above this a LoRA of any projection we serve costs more than the projection itself; almost certainly a typing error."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value and the fix."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, field docstrings become `--help`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = "smollm2-135m-instruct"
+    """`smollm2-135m-instruct` (ships as a Python package, no download), a local folder, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for hub ids."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the frozen weights and activations; the adapter's master copy is always float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto = cuda if there is one."""
+
+
+class LoraConfig(Section):
+    """The packed variable-rank adapter (PEFT's names and meanings; stricter matching)."""
+
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Patterns of the projections to adapt: exact names, dotted suffixes, or regular expressions."""
+    r: Annotated[int, Field(ge=0, le=MAX_RANK)] = 16
+    """Rank of every target module that `rank_pattern` does not name; 0 = no adapter there."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """alpha of every target module that `alpha_pattern` does not name."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "constant"] = "alpha/r"
+    """s of W + s·B·A: alpha/r (PEFT's default), alpha/sqrt(r) (PEFT's use_rslora), or alpha itself whatever the rank."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=0, le=MAX_RANK)]] = {}
+    """Pattern -> rank. Every key must hit; no module may be hit by two keys."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Pattern -> alpha. Every key must hit; no module may be hit by two keys."""
+    rank_budget: NonNegative | None = None
+    """Required sum of ranks over all adapted modules; an error if missed. None = no check."""
+    parameter_budget: NonNegative | None = None
+    """Required number of adapter parameters; an error if missed. None = no check."""
+    freeze_a: bool = False
+    """Keep A at its random initialisation and train B alone."""
+    b_mask: Path | None = None
+    """safetensors file, module name -> bool [n, r]: the only entries of B that train. None = all of them."""
+    init_seed: int | None = None
+    """Seed of A's initialisation (Kaiming uniform, a = sqrt 5, as PEFT); None = the run's seed."""
+    init_from: Path | None = None
+    """PEFT adapter folder to start from instead of B = 0; its ranks must be those of this config."""
+
+
+class DataConfig(Section):
+    """Training and evaluation problems."""
+
+    source: str = "reasoning_gym:chain_sum"
+    """`reasoning_gym:TASK`, `gsm8k`, `math` (both through `datasets`), or the path of a JSONL file with the columns below."""
+    options: dict[str, int | float | str | bool] = {}
+    """Options of the source: a reasoning-gym task's own parameters."""
+    train_path: Path | None = None
+    """Local JSONL to read instead of the hub (gsm8k and math keep their columns)."""
+    eval_path: Path | None = None
+    """Local JSONL of the held-out split."""
+    train_size: NonNegative = 2048
+    """Problems in the training split, the first ones; 0 = all (a reasoning-gym task needs a number)."""
+    prompt_column: str = "question"
+    """JSONL column of the question."""
+    answer_column: str = "answer"
+    """JSONL column of the gold answer (SFT: of the target completion)."""
+    system_prompt: str | None = None
+    """System turn; None = none at all (the template's own default system turn is not added either)."""
+    user_template: str = "{question}"
+    """The user turn; {question} and the row's other columns are filled in."""
+    assistant_prefix: str = ""
+    """Text put at the start of the assistant's turn, before sampling; the same fields are filled in."""
+    max_prompt_length: Positive = 512
+    """Tokens; a longer prompt is an error that names the row."""
+
+
+class RolloutConfig(Section):
+    """Sampling of completions."""
+
+    sampler: Literal["torch", "replay"] = "torch"
+    """torch = Hugging Face model with a KV cache, in this process; replay = recorded rollouts from `replay_path`."""
+    replay_path: Path | None = None
+    """Folder of recorded rollouts, one safetensors file a step (sampler = "replay")."""
+    record_path: Path | None = None
+    """Folder to record every training rollout into, for a later replay."""
+    num_prompts: Positive = 8
+    """Prompts per generation batch."""
+    num_generations: Positive = 8
+    """Completions per prompt (the group)."""
+    max_completion_length: Positive = 16
+    """Tokens sampled at most per completion."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature; the trainer's log-probabilities use the same."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus size; 1 = the full softmax."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion (kept in its tokens)."""
+    batch_size: Positive = 64
+    """Completions decoded together."""
+
+
+class RewardConfig(Section):
+    """What is rewarded."""
+
+    functions: tuple[str, ...] = ("outcome",)
+    """Names from fastlora.rewards (outcome, exact_match, first_integer, gsm8k, format) or `path/to/file.py:function`."""
+    weights: tuple[float, ...] | None = None
+    """One weight per function; None = 1 each."""
+    timeout: Annotated[float, Field(gt=0.0)] = 5.0
+    """Seconds per completion after which a grader is killed and the completion scores 0 (and is counted)."""
+    format_pattern: str = r"(?s)\s*<reasoning>.*</reasoning>\s*<answer>.*</answer>\s*"
+    """Regular expression that a whole completion must match for the `format` reward."""
+
+
+class AdvantageConfig(Section):
+    """Rewards to advantages."""
+
+    estimator: Literal["trajectory", "deposits"] = "trajectory"
+    """trajectory = one number per completion, exactly TRL's; deposits = the reward-density study's per-token return-to-go."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the group, of the batch, or not at all."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: weight and sum, then normalise (GRPO), or normalise each within its group first (GDPO)."""
+    eps: Annotated[float, Field(ge=0.0)] = 1e-4
+    """Added to the standard deviation (TRL 1e-4, reward-density study 1e-8)."""
+
+
+class LossConfig(Section):
+    """The policy loss; names, meanings and defaults of TRL 1.16's GRPOConfig."""
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
+    """Surrogate and normalisation (table in fastlora/ops/grpo_loss.py)."""
+    epsilon: Annotated[float, Field(ge=0.0)] = 0.2
+    """Lower clip bound, 1 − epsilon."""
+    epsilon_high: Annotated[float, Field(ge=0.0)] | None = None
+    """Upper clip bound, 1 + epsilon_high (cispo: the cap itself); None = epsilon."""
+    delta: Annotated[float, Field(gt=0.0)] | None = None
+    """Cap of the unclipped ratio (two-sided clipping); None = no cap."""
+    beta: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the KL penalty to the base model; 0 = the reference policy is never computed."""
+    kl_estimator: Literal["k1", "k2", "k3", "density"] = "k3"
+    """k3 is TRL's; density = clamp(pi (log pi − log pi_ref), 0), the reward-density study's."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL by the importance ratio (TRL's default)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio per token (GRPO) or the geometric mean over the sequence (GSPO)."""
+    mask_truncated_completions: bool = False
+    """Give completions that hit the length limit no gradient."""
+    top_entropy_quantile: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Train only on this share of tokens, those with the highest entropy; 1 = all."""
+    off_policy_mask_threshold: Annotated[float, Field(gt=0.0)] | None = None
+    """Drop negative-advantage sequences whose mean KL to the sampler exceeds this; None = keep all."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 = none."""
+    use_adaptive_entropy: bool = False
+    """Move entropy_coef so that the entropy stays near entropy_target."""
+    entropy_target: Annotated[float, Field(ge=0.0)] = 0.2
+    """Entropy to hold (nats per token)."""
+    entropy_coef_delta: Annotated[float, Field(gt=0.0)] = 0.005
+    """Change of entropy_coef per optimizer step."""
+    entropy_coef_min: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest entropy_coef."""
+    entropy_coef_max: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest entropy_coef."""
+    sapo_temperature_pos: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gate temperature at positive advantages (sapo)."""
+    sapo_temperature_neg: Annotated[float, Field(gt=0.0)] = 1.05
+    """Gate temperature at negative advantages (sapo)."""
+    vespo_k_pos: float = 2.0
+    """Gamma weight exponent, positive advantages (vespo)."""
+    vespo_lambda_pos: float = 3.0
+    """Gamma weight rate, positive advantages (vespo)."""
+    vespo_k_neg: float = 3.0
+    """Gamma weight exponent, negative advantages (vespo)."""
+    vespo_lambda_neg: float = 2.0
+    """Gamma weight rate, negative advantages (vespo)."""
+
+
+class OptimConfig(Section):
+    """AdamW on the flat buffers, and its schedule."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Global norm to which gradients are clipped."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Learning-rate schedule (transformers.get_scheduler)."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up."""
+    max_nonfinite_steps: Positive = 3
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops with an error."""
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    steps: Positive = 40
+    """Generation batches to train on."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches per optimizer step."""
+    steps_per_generation: Positive | None = None
+    """Micro-batches per generation batch; None = gradient_accumulation_steps (one optimizer step per generation)."""
+    num_iterations: Positive = 1
+    """Passes over each generation batch."""
+    implementation: Literal["auto", "reference"] = "auto"
+    """auto = packed tokens, grouped modules, chunked head; reference = TRL's padded layout and order of operations, bit for bit."""
+    checkpoint_every: NonNegative = 10
+    """Steps between checkpoints; 0 = only at the end and on Ctrl-C."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept; older ones are removed after a newer one is safely on disk."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 1.3 × the time."""
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    num_problems: Positive = 256
+    """Problems of the fixed held-out split."""
+    every: NonNegative = 10
+    """Steps between evaluations during training; 0 = only before and after."""
+    num_problems_during: Positive = 64
+    """Problems of the evaluations during training (the first of the held-out split)."""
+    pass_at_k: tuple[Positive, ...] = ()
+    """k of the unbiased pass@k estimates, made before and after training; () = none."""
+    num_samples: Positive = 8
+    """Samples per problem behind pass@k; at least the largest k."""
+    required_gain: float | None = None
+    """Fraction by which accuracy must rise for the command to succeed (0.10 = ten points); None = no check."""
+
+
+class LogConfig(Section):
+    """What is written besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run's folder."""
+    completions: NonNegative = 4
+    """Sampled completions written to completions.jsonl per step."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: str | None = None
+    """Folder under `output_dir`; None = the config's file name and the time. An existing run is never overwritten."""
+    output_dir: Path = Path("runs")
+    """Where runs are written."""
+    seed: NonNegative = 0
+    """Seed of everything random: data order, sampling, initialisation."""
+    objective: Literal["grpo", "sft"] = "grpo"
+    """grpo = reinforcement learning on sampled completions; sft = token-mean cross-entropy on given completions."""
+    method: Literal["lora", "full"] = "lora"
+    """What trains: the packed adapter, or every weight of the model (the baseline)."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def steps_per_generation(self) -> int:
+        """Micro-batches per generation batch."""
+        return self.trainer.steps_per_generation or self.trainer.gradient_accumulation_steps
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        per_generation = self.steps_per_generation * self.trainer.num_iterations // self.trainer.gradient_accumulation_steps
+        return self.trainer.steps * per_generation
+
+    @model_validator(mode="after")
+    def _refuse_impossible(self) -> RunConfig:
+        for message in _impossibilities(self):
+            raise ValueError(message)
+        return self
+
+
+def _impossibilities(c: RunConfig) -> list[str]:
+    """One sentence for each combination of settings that cannot work."""
+    grpo, samples = c.objective == "grpo", c.rollout.num_prompts * c.rollout.num_generations
+    weights, sampler = c.reward.weights, c.rollout.sampler
+    checks = [
+        (
+            grpo and c.rollout.num_generations == 1 and c.advantage.scale_rewards == "group",
+            "rollout.num_generations = 1 with advantage.scale_rewards = 'group': a group of one has no spread, every advantage "
+            "would be 0. Use at least 2 generations, or scale_rewards = 'batch' or 'none'",
+        ),
+        (
+            samples % c.steps_per_generation != 0,
+            f"rollout.num_prompts × num_generations = {samples} samples cannot be split into "
+            f"{c.steps_per_generation} equal micro-batches (trainer.steps_per_generation)",
+        ),
+        (
+            c.steps_per_generation * c.trainer.num_iterations % c.trainer.gradient_accumulation_steps != 0,
+            f"trainer.steps_per_generation × num_iterations = {c.steps_per_generation * c.trainer.num_iterations} is not a "
+            f"multiple of trainer.gradient_accumulation_steps = {c.trainer.gradient_accumulation_steps}",
+        ),
+        (
+            weights is not None and len(weights) != len(c.reward.functions),
+            f"reward.weights has {len(weights or ())} entries for {len(c.reward.functions)} reward.functions",
+        ),
+        (grpo and not c.reward.functions, "reward.functions is empty: there is nothing to optimise"),
+        (
+            (sampler == "replay") != (c.rollout.replay_path is not None),
+            "rollout.sampler = 'replay' and rollout.replay_path go together: give both or neither",
+        ),
+        (
+            c.data.source.startswith("reasoning_gym:") and c.data.train_size == 0,
+            "data.train_size = 0 (all) is impossible: a reasoning-gym task generates as many problems as it is asked for",
+        ),
+        (
+            bool(c.eval.pass_at_k) and max(c.eval.pass_at_k, default=0) > c.eval.num_samples,
+            f"eval.num_samples = {c.eval.num_samples} is below the largest eval.pass_at_k = {max(c.eval.pass_at_k, default=0)}",
+        ),
+        (
+            c.method == "full" and (bool(c.lora.rank_pattern) or c.lora.b_mask is not None),
+            "method = 'full' trains every weight: lora.rank_pattern and lora.b_mask have no effect; remove them",
+        ),
+        (
+            c.method == "full" and c.loss.beta > 0,
+            "loss.beta > 0 needs a reference policy; with method = 'full' the base weights are overwritten. Use method = 'lora' or beta = 0",
+        ),
+    ]
+    return [message for bad, message in checks if bad]
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a TOML file with command-line overrides (`--optim.lr 1e-4`).
+
+    Raises ConfigError that names file, key and problem; `--help` among the overrides prints every field and exits.
+    """
+    default = RunConfig() if path is None else _read_toml(path)
+    try:
+        return tyro.cli(RunConfig, args=list(overrides), default=default, prog="train.py CONFIG.toml")
+    except ValidationError as error:
+        raise ConfigError(_explain(error, "command line")) from None
+
+
+def _read_toml(path: Path) -> RunConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        return RunConfig.model_validate(tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "config"
+        problem = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {key}: {problem}")
+    return "\n".join(lines)
