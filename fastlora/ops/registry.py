@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,3 +46,27 @@ class OpSpec:
     """Positional arguments of `op`, odd shapes first (t in 0, 1, 63; ranks 0, 1, 3, 17)."""
     cost: Callable[..., Cost]
     """Cost of a call, from the same positional arguments."""
+
+
+_switchable: list[Any] = []
+
+
+def switchable(op: Any) -> None:
+    """Names a custom op whose device kernels `use_implementation` turns on and off; each op file calls it once per op."""
+    _switchable.append(op)
+
+
+@contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Inside the block every op runs its best kernel (`auto`) or its torch reference (`reference`), on every device.
+
+    Raises ValueError on any other name.
+    """
+    if name not in ("auto", "reference"):
+        raise ValueError(f"implementation {name!r}: known are 'auto' and 'reference'")
+    with ExitStack() as stack:
+        if name == "reference":
+            for op in _switchable:
+                stack.enter_context(op.set_kernel_enabled("cpu", enabled=False))
+                stack.enter_context(op.set_kernel_enabled("cuda", enabled=False))
+        yield

@@ -1,0 +1,127 @@
+"""Projections that read the same input: found by watching one forward pass, run as one op.
+
+A decoder calls q_proj(x), k_proj(x), v_proj(x) one after another. The first call computes the whole group; the others
+collect their outputs. In the backward pass the group is a single node that receives every dY and returns one dX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.lora.patterns import ProjectionShape
+from fastlora.ops.lora_linear import lora_linear
+
+
+class AttachError(RuntimeError):
+    """The adapter does not fit the model; the message names the module."""
+
+
+class LoraGroup:
+    """The packed A and B of one group, and the frozen layers they adapt. `enabled` is shared state of the adapter."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        layers: Sequence[nn.Linear],
+        ranks: Sequence[int],
+        scales: Sequence[float],
+        a_rd: nn.Parameter,
+        b_flat: nn.Parameter,
+        b_mask: Tensor | None,
+        cast_to_input: bool,
+    ) -> None:
+        """a_rd, b_flat, b_mask: see ops.lora_linear. cast_to_input: run the adapter in the dtype of x (fast path) instead of its own."""
+        self.names, self.layers = tuple(names), tuple(layers)
+        self.ranks, self.scales = list(ranks), list(scales)
+        self.a_rd, self.b_flat, self.b_mask = a_rd, b_flat, b_mask
+        self.cast_to_input = cast_to_input
+        self.enabled = True
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def forward(self, member: int, x: Tensor) -> Tensor:
+        """y of `member` [*, n]. Raises AttachError when members are called with different inputs or out of order."""
+        if not self.enabled:
+            return self.layers[member](x)
+        if member == 0:
+            # A stale entry is left behind when a forward pass was interrupted (checkpoint recomputation stops early).
+            self._input, self._outputs = x, dict(enumerate(self._compute(x)))
+        if x is not self._input or member not in self._outputs:
+            raise AttachError(
+                f"{self.names[member]} was not called right after {self.names[0]} with the same input, as it was when the "
+                "adapter was attached; this model's forward pass changed"
+            )
+        y = self._outputs.pop(member)
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        a_rd, b_flat = (p.to(x.dtype) if self.cast_to_input else p for p in (self.a_rd, self.b_flat))
+        weights = [layer.weight for layer in self.layers]
+        return lora_linear(x, weights, [layer.bias for layer in self.layers], a_rd, b_flat, self.ranks, self.scales, self.b_mask)
+
+
+class LoraLinear(nn.Module):
+    """Stands in the model where a member of a group stood."""
+
+    def __init__(self, base: nn.Linear, group: LoraGroup, member: int) -> None:
+        super().__init__()
+        self.base = base
+        self.group, self.member = group, member
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight [n, d] (model code asks some layers for its dtype)."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*, d] -> y [*, n]."""
+        return self.group.forward(self.member, x)
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> linear layer of the decoder, the output head left out.
+
+    Raises AttachError when there is none (GPT-2's Conv1D, fused experts).
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    if not found:
+        raise AttachError(f"{type(model).__name__} has no nn.Linear projection besides its head: LoRA has nowhere to go")
+    return found
+
+
+def shapes(layers: dict[str, nn.Linear]) -> list[ProjectionShape]:
+    """The widths of the layers, in the model's order."""
+    return [ProjectionShape(name, layer.in_features, layer.out_features) for name, layer in layers.items()]
+
+
+@torch.no_grad()
+def input_groups(model: nn.Module, layers: dict[str, nn.Linear]) -> list[list[str]]:
+    """Names of layers that are given the same tensor object, in the order of the calls; one token through the model (any device).
+
+    Raises AttachError for a layer that one forward pass does not call exactly once.
+    """
+    inputs: list[Tensor] = []  # held until the end: a freed tensor's id can be used again
+    groups: dict[int, list[str]] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        inputs.append(x)
+        groups.setdefault(id(x), []).append(name)
+
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0])) for name, layer in layers.items()]
+    try:
+        device = next(model.parameters()).device
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [name for group in groups.values() for name in group]
+    if sorted(called) != sorted(layers):
+        odd = sorted(set(layers) - set(called)) or sorted({name for name in called if called.count(name) > 1})
+        raise AttachError(f"{odd[0]} is not called exactly once in a forward pass; its input group cannot be determined")
+    return list(groups.values())

@@ -1,0 +1,209 @@
+"""The packed adapter: all A in one flat buffer, all Bᵀ behind them, an index from module to rank, scale, offset and mask.
+
+    buffer   A of group 0 | A of group 1 | ... | Bᵀ of group 0 | Bᵀ of group 1 | ...            (float32)
+
+Gradients and optimizer moments have the same layout, so that the optimizer is one launch, a data-parallel reduction one all-reduce
+and a gradient norm one table. A is [r, d]; B is stored transposed, [r, n], so that its rows stay aligned at any rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.flat import FlatParameters, Segment, align
+from fastlora.lora.groups import AttachError, LoraGroup, LoraLinear, input_groups, projections
+from fastlora.lora.patterns import ModuleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one adapted module lives in the flat buffer."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    scale: float
+    a_offset: int
+    """First element of A [r, d] in the flat buffer."""
+    b_offset: int
+    """First element of Bᵀ [r, n] in the flat buffer."""
+
+
+class PackedAdapter:
+    """One adapter, attached to one model. `flat` is what the optimizer and the checkpoint see."""
+
+    def __init__(self, slots: Sequence[Slot], groups: Sequence[LoraGroup], flat: FlatParameters) -> None:
+        self.slots = {slot.name: slot for slot in slots}
+        self.groups = tuple(groups)
+        self.flat = flat
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Module -> rank, adapted modules only, in the model's order."""
+        return {name: slot.rank for name, slot in self.slots.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all A and B (alignment gaps not counted)."""
+        return sum(slot.rank * (slot.in_features + slot.out_features) for slot in self.slots.values())
+
+    def a_rd(self, name: str) -> Tensor:
+        """A of a module [r, d], a view of the flat buffer."""
+        slot = self.slots[name]
+        return self.flat.data[slot.a_offset :][: slot.rank * slot.in_features].view(slot.rank, slot.in_features)
+
+    def b_rn(self, name: str) -> Tensor:
+        """Bᵀ of a module [r, n], a view of the flat buffer."""
+        slot = self.slots[name]
+        return self.flat.data[slot.b_offset :][: slot.rank * slot.out_features].view(slot.rank, slot.out_features)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone: the reference policy."""
+        for group in self.groups:
+            group.enabled = False
+        try:
+            yield
+        finally:
+            for group in self.groups:
+                group.enabled = True
+
+    def load(self, a_rd: Mapping[str, Tensor], b_nr: Mapping[str, Tensor]) -> None:
+        """Copies A [r, d] and B [n, r] of every module in. Raises AttachError naming a module that is missing, unknown or misshapen."""
+        for kind, tensors in (("lora_A", a_rd), ("lora_B", b_nr)):
+            odd = sorted(set(tensors) ^ set(self.slots))
+            if odd:
+                where = "the adapter file" if odd[0] in tensors else "this run"
+                raise AttachError(f"{odd[0]}: {kind} exists only in {where}; the adapter is for another model or other ranks")
+        with torch.no_grad():
+            for name in self.slots:
+                for kind, target, source in (("lora_A", self.a_rd(name), a_rd[name]), ("lora_B", self.b_rn(name).t(), b_nr[name])):
+                    if target.shape != source.shape:
+                        raise AttachError(f"{name}: {kind} has shape {tuple(source.shape)}, this run needs {tuple(target.shape)}")
+                    target.copy_(source)
+
+
+def attach(
+    model: nn.Module,
+    specs: Sequence[ModuleSpec],
+    *,
+    seed: int,
+    freeze_a: bool = False,
+    b_mask_nr: Mapping[str, Tensor] | None = None,
+    cast_to_input: bool,
+) -> PackedAdapter:
+    """Puts a fresh adapter (A Kaiming-uniform, B = 0) into the model; the base weights are frozen and not copied.
+
+    specs: from `patterns.resolve`; modules of rank 0 are left as they are. b_mask_nr: module -> bool [n, r], True where B trains; modules
+    that it does not name train nothing of B. cast_to_input: see LoraGroup. Raises AttachError, naming the module.
+    """
+    model.requires_grad_(False)
+    layers = projections(model)
+    ranks = {spec.name: spec for spec in specs if spec.rank}
+    member_lists = [group for group in input_groups(model, layers) if any(name in ranks for name in group)]
+    a_offsets, end_of_a = _offsets(member_lists, ranks, {name: layer.in_features for name, layer in layers.items()}, 0)
+    b_offsets, end = _offsets(member_lists, ranks, {name: layer.out_features for name, layer in layers.items()}, end_of_a)
+    slots = {
+        spec.name: Slot(
+            spec.name,
+            layers[spec.name].in_features,
+            layers[spec.name].out_features,
+            spec.rank,
+            spec.alpha,
+            spec.scale,
+            a_offsets[spec.name],
+            b_offsets[spec.name],
+        )
+        for spec in ranks.values()
+    }
+    device = next(model.parameters()).device
+    flat = FlatParameters.zeros(end, _segments(slots.values(), freeze_a), device)
+    flat.mask = None if b_mask_nr is None else _flat_mask(b_mask_nr, slots, end, freeze_a).to(device)
+    _initialise_a(flat.data, slots.values(), seed)
+    groups = [_build_group(model, names, layers, slots, flat, freeze_a, cast_to_input) for names in member_lists]
+    return PackedAdapter(list(slots.values()), groups, flat)
+
+
+def _offsets(
+    groups: Sequence[Sequence[str]], specs: Mapping[str, ModuleSpec], widths: Mapping[str, int], start: int
+) -> tuple[dict[str, int], int]:
+    """First element of every module's matrix, groups aligned, members of a group adjacent; and the end."""
+    offsets, position = {}, start
+    for names in groups:
+        position = align(position)
+        for name in names:
+            if name in specs:
+                offsets[name] = position
+                position += specs[name].rank * widths[name]
+    return offsets, align(position)
+
+
+def _segments(slots: Iterable[Slot], freeze_a: bool) -> tuple[Segment, ...]:
+    """PEFT's parameter order: per module A, then B. A frozen A has no segment."""
+    segments = []
+    for slot in slots:
+        if not freeze_a:
+            segments.append(Segment(f"{slot.name}.lora_A", slot.a_offset, (slot.rank, slot.in_features), transposed=False))
+        segments.append(Segment(f"{slot.name}.lora_B", slot.b_offset, (slot.rank, slot.out_features), transposed=True))
+    return tuple(segments)
+
+
+def _initialise_a(flat: Tensor, slots: Iterable[Slot], seed: int) -> None:
+    """PEFT's default for A: Kaiming uniform with a = √5, that is U(−1/√d, 1/√d). B stays 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for slot in slots:
+        a_rd = torch.empty(slot.rank, slot.in_features)
+        nn.init.kaiming_uniform_(a_rd, a=math.sqrt(5), generator=generator)
+        flat[slot.a_offset :][: a_rd.numel()].copy_(a_rd.view(-1))
+
+
+def _flat_mask(b_mask_nr: Mapping[str, Tensor], slots: Mapping[str, Slot], size: int, freeze_a: bool) -> Tensor:
+    """The masks on B in the layout of the buffer; A trains unless frozen."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    for slot in slots.values():
+        mask[slot.a_offset :][: slot.rank * slot.in_features] = not freeze_a
+    for name, module_mask in b_mask_nr.items():
+        if name not in slots or module_mask.shape != (slots[name].out_features, slots[name].rank):
+            needed = f"[{slots[name].out_features}, {slots[name].rank}]" if name in slots else "no mask: it has no adapter"
+            raise AttachError(f"mask on B of {name} has shape {list(module_mask.shape)}; this run needs {needed}")
+        mask[slots[name].b_offset :][: module_mask.numel()] = module_mask.t().reshape(-1)
+    return mask
+
+
+def _build_group(
+    model: nn.Module,
+    names: Sequence[str],
+    layers: Mapping[str, nn.Linear],
+    slots: Mapping[str, Slot],
+    flat: FlatParameters,
+    freeze_a: bool,
+    cast_to_input: bool,
+) -> LoraGroup:
+    """Makes the group's leaves and puts its LoraLinear layers into the model."""
+    members = [slots[name] for name in names if name in slots]
+    total_rank, width = sum(slot.rank for slot in members), members[0].in_features
+    size_b = sum(slot.rank * slot.out_features for slot in members)
+    a_rd = flat.parameter(members[0].a_offset, total_rank, width).requires_grad_(not freeze_a)
+    b_flat = flat.parameter(members[0].b_offset, size_b)
+    mask = None if flat.mask is None else flat.mask[members[0].b_offset :][:size_b]
+    group = LoraGroup(
+        names,
+        [layers[name] for name in names],
+        [slots[name].rank if name in slots else 0 for name in names],
+        [slots[name].scale if name in slots else 0.0 for name in names],
+        a_rd,
+        b_flat,
+        mask,
+        cast_to_input,
+    )
+    for member, name in enumerate(names):
+        model.set_submodule(name, LoraLinear(layers[name], group, member))
+    return group

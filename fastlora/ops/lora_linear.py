@@ -1,0 +1,303 @@
+"""lora_linear: frozen projections with LoRA for a group of modules that read the same input, a rank for each.
+
+    y_m = x W_mᵀ + b_m + s_m (x A_mᵀ) B_mᵀ                       for every module m of the group
+
+Shapes: x [*, d]; W_m [n_m, d]; A_m [r_m, d]; B_m [n_m, r_m]. The A of the group is one matrix `a_rd` [R, d], R = Σ r_m, rows in the
+order of the modules. The B of the group is one flat vector `b_flat`, B_mᵀ [r_m, n_m] after B_{m-1}ᵀ, so that rows stay
+aligned at any rank. r_m = 0 is a plain frozen projection.
+
+Backward, with dH_m = s_m dY_m B_m [t, r_m] and H_m = x A_mᵀ [t, r_m]:
+
+    dA_m = dH_mᵀ x        dB_m = (s_m dY_mᵀ H_m) ∘ mask_m        dX = Σ_m dY_m W_m + dH_m A_m
+
+W and b are frozen and get no gradient; the mask selects the entries of B that train (it does not change the forward pass).
+
+FLOPs (forward): 2 t d Σ n_m for the base, 2 t R d + 2 t Σ r_m n_m for the adapter; the backward costs the same for dX, plus the
+adapter's once more for dA and dB, and never the 2 t d Σ n_m of a weight gradient that a trained W would need.
+
+Implementations: `reference` works module by module in PEFT's order of operations, bit for bit (peft/tuners/lora/layer.py,
+Linear.forward, and what autograd derives from it); `grouped` shares one shrink GEMM and accumulates into the base GEMM's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.ops.registry import NAMESPACE, Cost, OpSpec, count, switchable
+
+
+def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+    """B_mᵀ [r_m, n_m] of every module, as views of the flat vector."""
+    sizes = [n * r for n, r in zip(outs, ranks, strict=True)]
+    return [part.view(r, n) for part, r, n in zip(b_flat.split(sizes), ranks, outs, strict=True)]
+
+
+def _outs(weights_nd: Sequence[Tensor]) -> list[int]:
+    return [w.shape[0] for w in weights_nd]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
+def lora_linear_op(
+    x: Tensor,
+    weights_nd: Sequence[Tensor],
+    biases_n: Sequence[Tensor | None],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass (reference implementation)."""
+    count("lora_linear", "reference")
+    h = [F.linear(x.to(a_rd.dtype), a) for a in a_rd.split(list(ranks))]
+    outputs = []
+    for weight, bias, b_rn, h_m, rank, scale in zip(
+        weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h, ranks, scales, strict=True
+    ):
+        y = F.linear(x, weight, bias)
+        if rank:
+            # PEFT keeps B as [n, r] contiguous; the copy gives the GEMM the same operand layout, hence the same bits.
+            y = (y + F.linear(h_m, b_rn.t().contiguous()) * scale).to(y.dtype)
+        outputs.append(y)
+    return [*outputs, torch.cat(h, dim=-1)]
+
+
+@lora_linear_op.register_fake
+def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales):  # type: ignore[no-untyped-def]
+    lead = x.shape[:-1]
+    return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
+
+
+@lora_linear_op.register_kernel("cpu")
+@lora_linear_op.register_kernel("cuda")
+def _lora_linear_grouped(
+    x: Tensor,
+    weights_nd: Sequence[Tensor],
+    biases_n: Sequence[Tensor | None],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    count("lora_linear", "grouped")
+    x_td = x.reshape(-1, x.shape[-1])
+    h_tr = x_td.to(a_rd.dtype) @ a_rd.t()
+    outputs = []
+    for weight, bias, b_rn, h_m, rank, scale in zip(
+        weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True
+    ):
+        y_tn = F.linear(x_td, weight, bias)
+        if rank:
+            y_tn.addmm_(h_m.to(y_tn.dtype), b_rn.to(y_tn.dtype), alpha=scale)
+        outputs.append(y_tn.view(*x.shape[:-1], weight.shape[0]))
+    return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights_nd: Sequence[Tensor],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX like x, dA like a_rd, dB like b_flat); an output that is not needed is an empty tensor (reference implementation).
+
+    Sums into dX run from the last module to the first, LoRA branch before base: the order in which autograd's engine reaches
+    the nodes of PEFT's graph (latest created first). A different order changes the last bit of every gradient below.
+    """
+    count("lora_linear_backward", "reference")
+    x_td, h_tr = x.reshape(-1, x.shape[-1]).to(a_rd.dtype), h.reshape(-1, h.shape[-1])
+    da_rd = torch.zeros_like(a_rd) if need_da else a_rd.new_empty(0)
+    db_flat = torch.zeros_like(b_flat)
+    outs = _outs(weights_nd)
+    parts = list(
+        zip(
+            dys,
+            weights_nd,
+            a_rd.split(list(ranks)),
+            da_rd.split(list(ranks)) if need_da else [da_rd] * len(ranks),
+            _module_b(b_flat, outs, ranks),
+            _module_b(db_flat, outs, ranks),
+            h_tr.split(list(ranks), dim=1),
+            ranks,
+            scales,
+            strict=True,
+        )
+    )
+    dx_td: Tensor | None = None
+    for dy, weight, a_m, da_m, b_rn, db_rn, h_m, rank, scale in reversed(parts):
+        terms = []
+        dy_tn = dy.reshape(-1, weight.shape[0])
+        if rank:
+            ds_tn = (dy.to(a_rd.dtype) * scale).reshape(-1, weight.shape[0])
+            dh_tr = ds_tn.mm(b_rn.t().contiguous())
+            db_rn.copy_(ds_tn.t().mm(h_m.contiguous()).t())
+            if need_da:
+                da_m.copy_(dh_tr.t().mm(x_td))
+            if need_dx:
+                terms.append(dh_tr.mm(a_m).to(x.dtype))
+        if need_dx:
+            terms.append(dy_tn.mm(weight))
+        for term in terms:
+            dx_td = term if dx_td is None else dx_td + term
+    if b_mask is not None:
+        db_flat.mul_(b_mask)
+    return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
+
+
+@lora_linear_backward_op.register_fake
+def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, torch.empty_like(a_rd) if need_da else a_rd.new_empty(0), torch.empty_like(b_flat)
+
+
+@lora_linear_backward_op.register_kernel("cpu")
+@lora_linear_backward_op.register_kernel("cuda")
+def _lora_linear_backward_grouped(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights_nd: Sequence[Tensor],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count("lora_linear_backward", "grouped")
+    x_td, h_tr = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
+    dh_tr, db_flat = torch.empty_like(h_tr), torch.empty_like(b_flat)
+    outs = _outs(weights_nd)
+    dx_td: Tensor | None = None
+    for dy, weight, b_rn, db_rn, h_m, dh_m, scale in zip(
+        dys,
+        weights_nd,
+        _module_b(b_flat, outs, ranks),
+        _module_b(db_flat, outs, ranks),
+        h_tr.split(list(ranks), dim=1),
+        dh_tr.split(list(ranks), dim=1),
+        scales,
+        strict=True,
+    ):
+        dy_tn = dy.reshape(-1, weight.shape[0])
+        dy_a = dy_tn.to(a_rd.dtype)
+        torch.mm(dy_a, b_rn.t(), out=dh_m).mul_(scale)
+        torch.mm(h_m.t(), dy_a, out=db_rn).mul_(scale)
+        if need_dx:
+            dx_td = dy_tn.mm(weight) if dx_td is None else dx_td.addmm_(dy_tn, weight)
+    if dx_td is not None:
+        dx_td.addmm_(dh_tr.to(x.dtype), a_rd.to(x.dtype))
+    if b_mask is not None:
+        db_flat.mul_(b_mask)
+    da_rd = dh_tr.t().mm(x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
+    return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales = inputs
+    ctx.save_for_backward(x, output[-1], a_rd, b_flat, b_mask, *weights_nd)
+    ctx.ranks, ctx.scales = ranks, scales
+    # torch.library wants the gradient of a list to have the list's structure, and sees a list of Nones as one leaf.
+    ctx.bias_grads = None if all(bias is None for bias in biases_n) else [None] * len(biases_n)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, h, a_rd, b_flat, b_mask, *weights_nd = ctx.saved_tensors
+    dys = [
+        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(grads[:-1], weights_nd, strict=True)
+    ]
+    need_dx, need_da = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    dx, da_rd, db_flat = lora_linear_backward_op(
+        dys, x, h, weights_nd, a_rd, b_flat, b_mask, ctx.ranks, ctx.scales, need_dx, need_da
+    )
+    return dx if need_dx else None, [None] * len(weights_nd), ctx.bias_grads, da_rd if need_da else None, db_flat, None, None, None
+
+
+lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+switchable(lora_linear_op)
+switchable(lora_linear_backward_op)
+
+
+def lora_linear(
+    x: Tensor,
+    weights_nd: Sequence[Tensor],
+    biases_n: Sequence[Tensor | None],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    b_mask: Tensor | None = None,
+) -> list[Tensor]:
+    """Outputs y_m [*, n_m] of a group of projections that share the input x [*, d].
+
+    weights_nd: frozen W_m [n_m, d], dtype of x. biases_n: frozen [n_m] or None each. a_rd: [R, d]. b_flat: [Σ r_m n_m], B_mᵀ one after
+    another. a_rd and b_flat share a dtype: that of x, or float32 beside a bfloat16 x (PEFT's default; the adapter branch then runs
+    in float32). b_mask: bool [Σ r_m n_m], entries of B that receive gradient; None = all. Differentiable in x, a_rd and b_flat.
+
+    Raises ValueError when ranks and shapes disagree.
+    """
+    outs = _outs(weights_nd)
+    if a_rd.shape != (sum(ranks), x.shape[-1]) or b_flat.numel() != sum(n * r for n, r in zip(outs, ranks, strict=True)):
+        raise ValueError(
+            f"lora_linear: a_rd {tuple(a_rd.shape)} and b_flat {tuple(b_flat.shape)} do not fit ranks {list(ranks)}, "
+            f"outputs {outs} and input width {x.shape[-1]}"
+        )
+    return lora_linear_op(x, weights_nd, biases_n, a_rd, b_flat, b_mask, list(ranks), list(scales))[:-1]
+
+
+def cost(
+    x: Tensor, weights_nd: Sequence[Tensor], biases_n: Any, a_rd: Tensor, b_flat: Tensor, b_mask: Any, ranks: Sequence[int], scales: Any
+) -> Cost:
+    """Forward pass: base and adapter GEMMs; x, W, A, B and every y and h once."""
+    t, d, outs = x.numel() // x.shape[-1], x.shape[-1], _outs(weights_nd)
+    flops = 2 * t * (d * sum(outs) + d * sum(ranks) + sum(n * r for n, r in zip(outs, ranks, strict=True)))
+    elements = t * (d + sum(outs)) + d * sum(outs)
+    return Cost(flops, elements * x.element_size() + (a_rd.numel() + b_flat.numel() + t * sum(ranks)) * a_rd.element_size())
+
+
+def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """Odd token counts and mixed ranks, with and without biases and mask; 2-d and 3-d inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    d = 24
+    for lead, ranks, with_bias, with_mask in (
+        ((0,), (3,), False, False),
+        ((1,), (1, 0, 17), True, False),
+        ((63,), (0, 3, 17), True, True),
+        ((2, 5), (0, 1), False, True),
+    ):
+        outs = [40, 16, 33][: len(ranks)]
+        size = sum(n * r for n, r in zip(outs, ranks, strict=True))
+        yield (
+            randn(*lead, d),
+            [randn(n, d) for n in outs],
+            [randn(n) if with_bias else None for n in outs],
+            randn(sum(ranks), d),
+            randn(size),
+            (torch.rand(size, generator=generator) < 0.5).to(device) if with_mask else None,
+            list(ranks),
+            [0.5 + m for m in range(len(ranks))],
+        )
+
+
+SPEC = OpSpec("lora_linear", lora_linear_op, sample_inputs, cost)
