@@ -5,3 +5,10 @@ FP64_EXACT = 1e-12
 
 FAST_PATH_ERROR_FACTOR = 1.1
 """design.md, section 6.2: error of the fast path against fp64 is at most this many times that of PEFT + TRL in the same dtype."""
+
+PUBLISHED_4_DIGITS = 5e-5
+"""A value printed with four decimals is known to half of the last one."""
+
+BOOTSTRAP_LIMIT = 5e-3
+"""Newcombe or Wilson limits against percentile-bootstrap limits, over 1,000 or more problems: the methods differ by O(1/n) = 1e-3 and the
+bootstrap's limit is a sample quantile, ± .0003; the interval itself is ± .03 wide, so a wrong term (no correlation, say) is visible."""
