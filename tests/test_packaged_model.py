@@ -20,11 +20,22 @@ from fastlora import packaged_model as pm
 GGUF_BYTES = b"weights of the stand-in"
 
 
-def test_tokenizer_splits_digits(packaged_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("What is 12+345?", [1780, 314, 216, 33, 34, 27, 35, 36, 37, 47]),
+        ("x\n\n12", [104, 1116, 33, 34]),  # without the digits split off first: 104, 198, 198, 33, 34
+        ("x  1", [104, 256, 33]),  # 104, 216, 216, 33
+    ],
+)
+def test_tokenizer_splits_digits_first(packaged_model: Path, text: str, ids: list[int]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packaged_model)
-    ids = [1780, 314, 216, 33, 34, 27, 35, 36, 37, 47]  # of the model's own tokenizer; unrepaired, 12 and 345 merge
-    assert tokenizer.encode("What is 12+345?") == ids
-    assert tokenizer.decode(ids) == "What is 12+345?"
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_tokenizer_round_trip(packaged_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model)
     for text in ("", " a", "a\n\n  b", "1 234,5", "naïve × 7"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
