@@ -1,0 +1,1 @@
+"""Objectives: a loss and its metrics from log-probabilities and a TrainBatch."""
