@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -20,9 +21,14 @@ from tests.tiny import TINY_FAMILIES, make_tiny_model, make_tiny_tokenizer
 
 torch.set_num_threads(1)  # two test processes share two cores; and one thread sums in one order, so bits repeat
 
+# A busy machine must not fail a test by the clock, and the same commit must give the same verdict twice.
+hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fastlora")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, by name, where there is none."""
+    """Tests marked `slow` start first; those marked `gpu` are skipped, by name, where there is none."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     for item in items:
