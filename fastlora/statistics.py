@@ -5,7 +5,7 @@
                              Newcombe's interval of the paired difference       (from two Wilson intervals)
     pass@k                   unbiased estimator, bootstrap over problems        (scipy)
 
-None of the closed forms collapses to a point when every answer is right or nothing changed; the bootstrap does (see `pass_at_k`).
+The closed forms keep a width when every answer is right or nothing changed; the bootstrap does not (see `pass_at_k`).
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Pro
 def paired_test(before: Sequence[bool], after: Sequence[bool], confidence: float = 0.95) -> PairedTest:
     """Did the same problems go better the second time?
 
-    p is exact McNemar (McNemar 1947); the interval is Newcombe's square-and-add method with Wilson limits and continuity-corrected
-    correlation ("method 10", Newcombe 1998, Statistics in Medicine 17, 2635): deterministic, and wider than zero when no answer changed,
-    where a bootstrap would claim certainty.
+    p is exact McNemar (McNemar 1947); the interval is Newcombe's square-and-add method with Wilson limits and
+    continuity-corrected correlation ("method 10", Newcombe 1998, Statistics in Medicine 17, 2635): deterministic, and wider
+    than zero when no answer changed, where a bootstrap would claim certainty.
 
     Raises ValueError when the sequences are empty or differ in length.
     """
@@ -112,9 +112,9 @@ def _newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence
     n = both + gained + lost + neither
     after = proportion_interval(both + gained, n, confidence)
     before = proportion_interval(both + lost, n, confidence)
-    covariance = both * neither - gained * lost
+    covariance = float(both * neither - gained * lost)
     if covariance > 0:
-        covariance = max(covariance - n / 2, 0)
+        covariance = max(covariance - n / 2, 0.0)
     spread = sqrt((both + gained) * (lost + neither)) * sqrt((both + lost) * (gained + neither))
     phi = covariance / spread if spread else 0.0
 
@@ -130,10 +130,10 @@ def _newcombe_paired(both: int, gained: int, lost: int, neither: int, confidence
 def pass_at_k(num_samples: int, num_correct: Sequence[int], k: int, confidence: float = 0.95, seed: int = 0) -> PassAtK:
     """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1): mean over problems of 1 − C(n−c, k) / C(n, k).
 
-    n = `num_samples` completions were drawn for every problem and c = `num_correct[i]` of them were right. One minus that ratio is the
-    hypergeometric probability of at least one right completion among k drawn without replacement, which scipy computes without overflow.
-    The interval is a percentile bootstrap over problems (problems, not samples, are what generalises); when all problems have the same
-    estimate it has no width, which then says nothing about new problems.
+    n = `num_samples` completions were drawn for every problem and c = `num_correct[i]` of them were right. One minus that ratio
+    is the hypergeometric probability of at least one right completion among k drawn without replacement, which scipy computes
+    without overflow. The interval is a percentile bootstrap over problems (they, not samples, are what generalises); when all
+    problems have the same estimate it has no width, which then says nothing about new problems.
 
     Raises ValueError unless 1 <= k <= num_samples, there are two problems or more, and every count lies in 0..num_samples.
     """
@@ -146,7 +146,13 @@ def pass_at_k(num_samples: int, num_correct: Sequence[int], k: int, confidence: 
     _check_confidence(confidence)
     per_problem = hypergeom.sf(0, num_samples, np.asarray(num_correct), k)
     resampled = bootstrap(
-        (per_problem,), np.mean, n_resamples=BOOTSTRAP_RESAMPLES, batch=1000, confidence_level=confidence, method="percentile", rng=seed
+        (per_problem,),
+        np.mean,
+        n_resamples=BOOTSTRAP_RESAMPLES,
+        batch=1000,  # 1,319 problems × 1,000 resamples × 8 bytes = 10 MB at a time
+        confidence_level=confidence,
+        method="percentile",
+        rng=seed,
     )
     low, high = resampled.confidence_interval
     return PassAtK(k, float(per_problem.mean()), float(low), float(high), len(per_problem), num_samples, confidence)

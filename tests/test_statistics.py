@@ -77,9 +77,7 @@ def test_swapping_before_and_after_mirrors_the_interval() -> None:
 def test_pass_at_k_counts_every_draw(num_samples: int) -> None:
     num_correct = [*range(num_samples + 1), 0, num_samples]
     for k in range(1, num_samples + 1):
-        draws = [
-            any(i < correct for i in draw) for correct in num_correct for draw in combinations(range(num_samples), k)
-        ]
+        draws = [any(i < correct for i in draw) for correct in num_correct for draw in combinations(range(num_samples), k)]
         result = pass_at_k(num_samples, num_correct, k)
         assert result.value == pytest.approx(sum(draws) / len(draws), rel=FP64_EXACT)
         assert result.low <= result.value <= result.high

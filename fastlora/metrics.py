@@ -1,0 +1,337 @@
+"""What a run leaves behind besides its weights, one writer a file.
+
+    metrics.jsonl             one JSON object a step                     MetricsWriter.step
+    completions.jsonl         sampled completions, to be read            MetricsWriter.completions
+    gradient_profile.parquet  L2 norm of every dA and dB at every step   MetricsWriter.gradient_norms
+    summary.json              what the run achieved                      RunSummary.write
+    environment.json          versions, commit, hardware                 write_environment
+
+`step` counts finished generation batches from 1. All JSON is strict: a number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from fastlora.atomic import atomic_write_bytes, atomic_write_text, naming_disk_full
+from fastlora.ops.adamw_step import Segment
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+GRADIENT_PROFILE_FILE = "gradient_profile.parquet"
+SUMMARY_FILE = "summary.json"
+ENVIRONMENT_FILE = "environment.json"
+
+GRADIENT_PROFILE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("module", pa.string()),  # "model.layers.3.self_attn.q_proj"
+        ("layer", pa.int32()),  # 3; -1 for a module outside the layers
+        ("projection", pa.string()),  # "q_proj"
+        ("matrix", pa.string()),  # "A" or "B"
+        ("rank", pa.int32()),
+        ("norm", pa.float32()),  # L2, of the accumulated gradient before clipping
+    ]
+)
+
+
+class MetricsError(RuntimeError):
+    """A file of the run folder is missing, damaged or already there; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionSample:
+    """One line of completions.jsonl."""
+
+    step: int
+    prompt: str
+    completion: str
+    gold: str
+    rewards: Mapping[str, float | None]
+    """Reward function -> reward; None (or NaN) = it could not score this completion."""
+    advantage: float
+    num_tokens: int
+    finished: bool
+    """Ended by itself; False = cut off at the length limit."""
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl, completions.jsonl and gradient_profile.parquet of one run; a context manager.
+
+    A new run (`resume_step` None) refuses a folder that already holds these files. A resumed one passes the first step that it
+    will do again: rows of that step and later are removed first, so the files end equal to those of a run that was never
+    stopped. For that `flush` must be called *before* each checkpoint is written; JSON rows reach the operating system at once,
+    the disk at `flush`.
+
+    Raises MetricsError for a missing or damaged file on resume, DiskFullError (naming the file) when the disk is full.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool = False, resume_step: int | None = None) -> None:
+        self._metrics = _JsonLines(run_dir / METRICS_FILE, resume_step)
+        self._completions = _JsonLines(run_dir / COMPLETIONS_FILE, resume_step)
+        self._profile = _GradientProfile(run_dir / GRADIENT_PROFILE_FILE, resume_step)
+        self._tensorboard = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one row. Raises ValueError for an accuracy without its number of problems: it could get no interval."""
+        if "eval/accuracy" in metrics and "eval/num_problems" not in metrics:
+            raise ValueError("a row with eval/accuracy needs eval/num_problems beside it, the n of its confidence interval")
+        self._metrics.append({"step": step, **metrics})
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def completions(self, samples: Iterable[CompletionSample]) -> None:
+        """Appends samples."""
+        for sample in samples:
+            self._completions.append(asdict(sample))
+
+    def gradient_norms(self, step: int, segments: Sequence[Segment], norms_m: Tensor) -> None:
+        """Adds the gradient norm of every adapter matrix: `segments` of the packed adapter, norms_m float [matrices]."""
+        self._profile.add(step, segments, norms_m)
+
+    def flush(self) -> None:
+        """Brings everything onto the disk."""
+        self._metrics.sync()
+        self._completions.sync()
+        self._profile.write()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes and closes; nothing may be written afterwards."""
+        self.flush()
+        self._metrics.close()
+        self._completions.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _JsonLines:
+    """An append-only file of one JSON object a line, each with a "step"."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self._path = path
+        if resume_step is None:
+            _refuse_existing(path)
+        else:
+            atomic_write_bytes(path, b"".join(self._rows_before(resume_step)))
+        self._file = path.open("ab")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        with naming_disk_full(self._path):
+            self._file.write((json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._file.flush()
+
+    def sync(self) -> None:
+        with naming_disk_full(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rows_before(self, resume_step: int) -> Iterator[bytes]:
+        """The lines of earlier steps, as they are. A line without its newline was being written when the run died: dropped."""
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            raise MetricsError(
+                f"{self._path} is missing: the run cannot be resumed without it. Restore it, or start anew"
+            ) from None
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise MetricsError(
+                    f"{self._path}, line {number}: not a JSON object with a step ({error!r}). Remove the line, or start anew"
+                ) from None
+            if step < resume_step:
+                yield line
+
+
+class _GradientProfile:
+    """The table of gradient norms: whole in memory (S1's 392,000 rows are 30 MB), rewritten atomically at each `write`."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self._path = path
+        if resume_step is None:
+            _refuse_existing(path)
+            self._tables = [GRADIENT_PROFILE_SCHEMA.empty_table()]
+            self.write()
+        else:
+            self._tables = [read_gradient_profile(path).filter(pa.compute.field("step") < resume_step)]
+
+    def add(self, step: int, segments: Sequence[Segment], norms_m: Tensor) -> None:
+        keys = [_adapter_matrix(segment.name) for segment in segments]
+        columns = [
+            [step] * len(keys),
+            [module for module, _ in keys],
+            [layer_of(module) for module, _ in keys],
+            [module.rpartition(".")[2] for module, _ in keys],
+            [matrix for _, matrix in keys],
+            [segment.shape[0] for segment in segments],  # both A [r, d] and B, stored [r, n], have the rank first
+            norms_m.detach().to("cpu", torch.float32).numpy(),
+        ]
+        self._tables.append(pa.table(columns, schema=GRADIENT_PROFILE_SCHEMA))
+
+    def write(self) -> None:
+        self._tables = [pa.concat_tables(self._tables).combine_chunks()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._tables[0], sink)
+        atomic_write_bytes(self._path, sink.getvalue().to_pybytes())
+
+
+def read_gradient_profile(path: Path) -> pa.Table:
+    """The table of `gradient_profile.parquet`. Raises MetricsError when it is missing, damaged or has other columns."""
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise MetricsError(f"{path} is missing; every run writes one when it starts") from None
+    except (pa.ArrowException, OSError) as error:
+        raise MetricsError(f"{path} is not a readable Parquet file: {error}") from None
+    if not table.schema.equals(GRADIENT_PROFILE_SCHEMA):
+        raise MetricsError(f"{path} has columns {table.schema.names}, expected {GRADIENT_PROFILE_SCHEMA.names} in their types")
+    return table
+
+
+def layer_of(module: str) -> int:
+    """Layer number of a module: the first whole number in its dotted name; -1 when there is none (`lm_head`)."""
+    return next((int(part) for part in module.split(".") if part.isdecimal()), -1)
+
+
+def _adapter_matrix(segment_name: str) -> tuple[str, str]:
+    """Module and matrix: ("model.layers.3.self_attn.q_proj", "A") for the module's name with `.lora_A` behind it."""
+    module, found, matrix = segment_name.rpartition(".lora_")
+    if not found or matrix not in ("A", "B"):
+        raise ValueError(f"{segment_name} is no adapter matrix: the gradient profile wants names ending in .lora_A or .lora_B")
+    return module, matrix
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise MetricsError(f"{path} already exists: a run is never overwritten. Choose another name, or resume that run")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold (NaN, ±inf) replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _ScalarWriter(Protocol):
+    """The part of TensorBoard's SummaryWriter that is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def _tensorboard_writer(folder: Path, resume_step: int | None) -> _ScalarWriter:
+    from torch.utils.tensorboard import SummaryWriter  # here because it takes a second and only this option needs it
+
+    writer: _ScalarWriter = SummaryWriter(str(folder), purge_step=resume_step)
+    return writer
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """summary.json: what a run achieved and what it cost. Accuracies are fractions, intervals 95 %."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    seed: int
+    steps: int
+    """Generation batches trained on."""
+    accuracy_before: float
+    """Greedy accuracy of the base model on the fixed held-out problems."""
+    accuracy_before_interval: tuple[float, float]
+    """Wilson."""
+    accuracy_after: float
+    """Greedy accuracy of the trained model on the same problems."""
+    accuracy_after_interval: tuple[float, float]
+    """Wilson."""
+    accuracy_gain: float
+    """accuracy_after − accuracy_before."""
+    accuracy_gain_interval: tuple[float, float]
+    """Newcombe, paired."""
+    mcnemar_p: float
+    """Exact McNemar, two-sided."""
+    learned: bool | None
+    """The gain reached the config's eval.required_gain; None = nothing was required."""
+    train_seconds: float
+    """Wall clock of the training steps, over all resumptions; evaluation before and after not counted."""
+    tokens: int
+    """Sampled completion tokens."""
+    peak_memory_bytes: int
+    """Largest resident set of the process (CPU), or largest allocation of the device (GPU)."""
+    trainable_parameters: int
+    rank_pattern: Mapping[str, int]
+    """Module -> rank; empty in full fine-tuning."""
+
+    def write(self, run_dir: Path) -> None:
+        """Writes summary.json atomically. Raises ValueError for a number that is not finite."""
+        atomic_write_text(run_dir / SUMMARY_FILE, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, run_dir: Path) -> RunSummary:
+        """Raises MetricsError when summary.json is missing, damaged, or its fields are not these."""
+        path = run_dir / SUMMARY_FILE
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise MetricsError(f"{path} is missing: the run has not finished. Resume it, then try again") from None
+        except ValidationError as error:
+            raise MetricsError(f"{path} is damaged: {error}") from None
+
+
+def write_environment(run_dir: Path) -> None:
+    """Writes environment.json: commit, Python, hardware, and the version of every installed package."""
+    environment = {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": dict(sorted((package.name, package.version) for package in metadata.distributions())),
+    }
+    atomic_write_text(run_dir / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, "-dirty" appended when files differ; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return described.stdout.strip() if described.returncode == 0 else None
