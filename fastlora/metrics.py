@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -183,7 +184,7 @@ class _GradientProfile:
             self._tables = [GRADIENT_PROFILE_SCHEMA.empty_table()]
             self.write()
         else:
-            self._tables = [read_gradient_profile(path).filter(pa.compute.field("step") < resume_step)]
+            self._tables = [read_gradient_profile(path).filter(pc.field("step") < resume_step)]
 
     def add(self, step: int, segments: Sequence[Segment], norms_m: Tensor) -> None:
         keys = [_adapter_matrix(segment.name) for segment in segments]
@@ -199,7 +200,7 @@ class _GradientProfile:
         self._tables.append(pa.table(columns, schema=GRADIENT_PROFILE_SCHEMA))
 
     def write(self) -> None:
-        self._tables = [pa.concat_tables(self._tables).combine_chunks()]
+        self._tables = [pa.concat_tables(self._tables)]
         sink = pa.BufferOutputStream()
         pq.write_table(self._tables[0], sink)
         atomic_write_bytes(self._path, sink.getvalue().to_pybytes())
