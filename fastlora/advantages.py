@@ -40,7 +40,7 @@ def trajectory_advantages(rewards_nk: Tensor, weights_k: Tensor, num_generations
         rewards_n = _weighted_sum(rewards_nk, weights_k, unscorable_n)
         advantages_n = _normalize_by_group(rewards_n, num_generations, config)
     else:
-        grouped_pgk = rewards_nk.view(-1, num_generations, k)
+        grouped_pgk = rewards_nk.reshape(-1, num_generations, k)
         centred_pgk = grouped_pgk - torch.nanmean(grouped_pgk, dim=1, keepdim=True)
         scored_nk = (centred_pgk / (_nan_std(grouped_pgk, dim=1) + config.eps)).view(n, k)
         rewards_n = _weighted_sum(scored_nk, weights_k, unscorable_n)
@@ -89,23 +89,33 @@ def deposit_advantages(
     """
     n, t = completion_mask_nt.shape
     _check_groups(n, num_generations)
-    at_nt = deposits.step_reward_mask_nt
     _check_deposits(deposits, completion_mask_nt)
-    # float64: n equal 24-bit numbers then sum, and divide, without rounding, so that equal deposits differ from their mean by 0
-    # and not by a rounding error that a standard deviation of the same size would blow up to 1.
-    deposits_pm = deposits.token_rewards_nt.double().masked_fill(~at_nt, 0.0).view(-1, num_generations * t)
-    at_pm = at_nt.view(-1, num_generations * t)
-    entries_p1 = at_pm.sum(dim=1, keepdim=True)
-    centred_pm = (deposits_pm - deposits_pm.sum(dim=1, keepdim=True) / entries_p1.clamp(min=1)).masked_fill(~at_pm, 0.0)
-    if config.scale_rewards == "group":
-        centred_pm = centred_pm / ((centred_pm.square().sum(dim=1, keepdim=True) / (entries_p1 - 1).clamp(min=1)).sqrt() + config.eps)
-    elif config.scale_rewards == "batch":
-        everything = deposits_pm[at_pm]
-        centred_pm = centred_pm / ((everything.std() if len(everything) > 1 else 0.0) + config.eps)
-    normalized_nt = centred_pm.view(n, t)
+    normalized_pm = _normalize_deposits(
+        deposits.token_rewards_nt.view(-1, num_generations * t), deposits.step_reward_mask_nt.view(-1, num_generations * t), config
+    )
+    normalized_nt = normalized_pm.view(n, t)
     if not deposits.dense:
         normalized_nt = normalized_nt.flip(1).cumsum(dim=1).flip(1).masked_fill(~completion_mask_nt, 0.0)
     return normalized_nt.float()
+
+
+def _normalize_deposits(rewards_pm: Tensor, at_pm: Tensor, config: AdvantageConfig) -> Tensor:
+    """d' [p, m], float64, of the tokens of each prompt's group in one row; 0 where `at_pm` says that nothing is deposited.
+
+    In float64 equal 24-bit numbers sum, and divide, without rounding: they differ from their mean by 0, and not by a rounding error
+    that a standard deviation of the same size would blow up to 1.
+    """
+    deposits_pm = rewards_pm.double().masked_fill(~at_pm, 0.0)
+    entries_p1 = at_pm.sum(dim=1, keepdim=True)
+    centred_pm = (deposits_pm - deposits_pm.sum(dim=1, keepdim=True) / entries_p1.clamp(min=1)).masked_fill(~at_pm, 0.0)
+    if config.scale_rewards == "none":
+        return centred_pm
+    if config.scale_rewards == "group":
+        std = (centred_pm.square().sum(dim=1, keepdim=True) / (entries_p1 - 1).clamp(min=1)).sqrt()
+    else:
+        everything = deposits_pm[at_pm]
+        std = everything.std() if len(everything) > 1 else everything.new_zeros(())
+    return (centred_pm / (std + config.eps)).masked_fill(centred_pm == 0, 0.0)  # the mask matters when std + eps = 0
 
 
 def _check_groups(n: int, num_generations: int) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+"""No space left on the device; the user's quota is used up."""
+
 
 class DiskFullError(OSError):
     """No space (or no quota) left while writing; what was there before is untouched."""
@@ -39,7 +42,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` and wait until it is on the disk; not atomic on its own (for files inside a folder that is renamed later)."""
+    """Write `data` and wait until it is on the disk; not atomic on its own (for files in a folder that is renamed later)."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -56,16 +59,13 @@ def fsync_path(path: Path) -> None:
 
 
 @contextmanager
-def naming_disk_full(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" inside the block into a DiskFullError that names `path` and the fix."""
+def naming_disk_full(path: Path, intact: str = "what was there before is intact") -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" in the block into a DiskFullError: names `path`, what is safe, and the fix."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL_ERRORS:
             raise
-        raise DiskFullError(
-            error.errno,
-            f"{os.strerror(error.errno)} while writing it; what was there before is intact. "
-            "Free space on that disk, or choose another `output_dir`",
-            str(path),
-        ) from error
+        reason = os.strerror(error.errno)
+        fix = "Free space on that disk, or choose another `output_dir`"
+        raise DiskFullError(error.errno, f"{reason} while writing; {intact}. {fix}", str(path)) from error

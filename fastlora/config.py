@@ -364,14 +364,14 @@ def _impossibilities(c: RunConfig) -> list[str]:
     return [message for bad, message in checks if bad]
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), description: str = "") -> RunConfig:
     """The config of a TOML file with command-line overrides (`--optim.lr 1e-4`).
 
     Raises ConfigError that names file, key and problem; `--help` among the overrides prints every field and exits.
     """
     default = RunConfig() if path is None else _read_toml(path)
     try:
-        return tyro.cli(RunConfig, args=list(overrides), default=default, prog="train.py CONFIG.toml")
+        return tyro.cli(RunConfig, args=list(overrides), default=default, prog="train.py CONFIG.toml", description=description)
     except ValidationError as error:
         raise ConfigError(_explain(error, "command line")) from None
 

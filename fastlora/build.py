@@ -1,0 +1,150 @@
+"""From a config to the parts of a run: model, adapter, data, sampler, rewards, optimizer. Everything that can be refused is, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastlora.config import LoraConfig, RunConfig
+from fastlora.data import load_examples
+from fastlora.flat import FlatParameters, flatten_model
+from fastlora.lora.groups import AttachError, projections, shapes
+from fastlora.lora.packed import PackedAdapter, attach
+from fastlora.lora.patterns import describe, resolve
+from fastlora.lora.peft_format import load_adapter, load_b_mask
+from fastlora.model import BaseModel, load_base_model
+from fastlora.objectives import Objective, PolicyObjective, SupervisedObjective
+from fastlora.optim import AdamW, learning_rates
+from fastlora.rewards.registry import Rewards, load_rewards
+from fastlora.rollout.replay import RecordingSampler, ReplaySampler
+from fastlora.rollout.sampler import Sampler
+from fastlora.rollout.torch import TorchSampler
+from fastlora.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A run, assembled."""
+
+    model: BaseModel
+    adapter: PackedAdapter | None
+    """None in full fine-tuning."""
+    flat: FlatParameters
+    optimizer: AdamW
+    learning_rates: tuple[float, ...]
+    """One per optimizer step."""
+    objective: Objective
+    sampler: Sampler
+    """The one that evaluates (and samples, unless rollouts are replayed)."""
+    rewards: Rewards
+    eval_examples: tuple[Example, ...]
+
+
+def build(config: RunConfig, console: Console) -> Parts:
+    """Assembles a run; prints what the patterns did.
+
+    Raises ConfigError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at fault.
+    """
+    rates = learning_rates(config.optim, config.optimizer_steps)
+    model = load_base_model(config.model)
+    train_examples = _examples(config, model, "train")
+    eval_examples = _examples(config, model, "eval")
+    rewards = load_rewards(config.reward)
+    rewards.check([*train_examples, *eval_examples])
+    adapter, flat = trainable(config, model, console)
+    sampler = TorchSampler(model, config.rollout.batch_size)
+    objective: Objective
+    if config.objective == "sft":
+        objective = SupervisedObjective(config, model, train_examples)
+    else:
+        objective = PolicyObjective(config, model, adapter, _training_sampler(config, sampler), rewards, train_examples)
+    if config.trainer.gradient_checkpointing:
+        model.module.gradient_checkpointing_enable({"use_reentrant": False})
+        model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
+    return Parts(model, adapter, flat, AdamW(flat, config.optim), rates, objective, sampler, rewards, eval_examples)
+
+
+def _examples(config: RunConfig, model: BaseModel, split: str) -> tuple[Example, ...]:
+    supervised = config.objective == "sft" and split == "train"
+    return load_examples(
+        config.data,
+        split,  # type: ignore[arg-type]
+        size=config.data.train_size if split == "train" else config.eval.num_problems,
+        seed=config.seed,
+        tokenizer=model.tokenizer,
+        context_length=model.context_length,
+        max_completion_length=None if supervised else config.rollout.max_completion_length,
+    )
+
+
+def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[PackedAdapter | None, FlatParameters]:
+    """What trains: a fresh (or loaded) adapter attached to the model, or all weights of the model."""
+    if config.method == "full":
+        return None, flatten_model(model.module)
+    layers = projections(model.module)
+    specs = resolve(shapes(layers), config.lora)
+    console.print(describe(specs, shapes(layers)))
+    adapter = attach(
+        model.module,
+        specs,
+        seed=config.seed if config.lora.init_seed is None else config.lora.init_seed,
+        freeze_a=config.lora.freeze_a,
+        b_mask_nr=load_b_mask(config.lora.b_mask) if config.lora.b_mask else None,
+        cast_to_input=config.trainer.implementation == "auto",
+    )
+    if config.lora.init_from:
+        load_into(adapter, config.lora.init_from, config.lora)
+    return adapter, adapter.flat
+
+
+def load_into(adapter: PackedAdapter, folder: Path, lora: LoraConfig) -> None:
+    """Copies a saved adapter into this run's. Raises AttachError when its modules, ranks or scales are not this run's."""
+    saved = load_adapter(folder)
+    for spec in saved.specs:
+        slot = adapter.slots.get(spec.name)
+        if slot is not None and (slot.rank, slot.scale) != (spec.rank, spec.scale):
+            raise AttachError(
+                f"{spec.name}: {folder} has rank {spec.rank} and s = {spec.scale:.6g}, this run rank {slot.rank} and s = {slot.scale:.6g}; "
+                f"set lora.rank_pattern, lora.alpha_pattern and lora.scaling ({lora.scaling}) alike"
+            )
+    adapter.load(saved.a_rd, saved.b_nr)
+
+
+def attach_saved(model: BaseModel, folder: Path) -> PackedAdapter:
+    """A saved adapter attached to a model as it is, whatever config it was trained with. Raises AdapterFileError, AttachError."""
+    saved = load_adapter(folder)
+    layers = projections(model.module)
+    for spec in saved.specs:
+        layer = layers.get(spec.name)
+        if layer is None or (layer.in_features, layer.out_features) != (saved.a_rd[spec.name].shape[1], saved.b_nr[spec.name].shape[0]):
+            found = "no such layer" if layer is None else f"one of {layer.in_features} in, {layer.out_features} out"
+            raise AttachError(
+                f"{folder} is an adapter for {saved.base_model}, not for {model.source}: it adapts {spec.name} with "
+                f"A {list(saved.a_rd[spec.name].shape)} and B {list(saved.b_nr[spec.name].shape)}, and this model has {found}"
+            )
+    adapter = attach(model.module, saved.specs, seed=0, cast_to_input=True)
+    adapter.load(saved.a_rd, saved.b_nr)
+    return adapter
+
+
+def _training_sampler(config: RunConfig, sampler: TorchSampler) -> Sampler:
+    """The sampler of the training rollouts: live, replayed, or live and recorded."""
+    if config.rollout.replay_path:
+        return ReplaySampler(config.rollout.replay_path)
+    if config.rollout.record_path:
+        return RecordingSampler(sampler, config.rollout.record_path)
+    return sampler
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest resident set of this process so far (CPU), or largest allocation on the device (GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix only, like the CPU path's memory figure
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+

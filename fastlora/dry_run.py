@@ -1,0 +1,1 @@
+def dry_run(config, console): return 0

@@ -1,0 +1,167 @@
+"""Adapters as PEFT files: `adapter_config.json` and `adapter_model.safetensors`, both ways, variable ranks included.
+
+PEFT 0.21 matches pattern keys as regular expressions, lets the first match win, and re-sorts the keys when it saves, which changes
+what overlapping keys mean. What is written here is anchored, escaped and one key a module, so that no order can change it;
+what is read here is refused when two of its keys disagree about a module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastlora.atomic import atomic_write_bytes, atomic_write_text
+from fastlora.lora.groups import AttachError
+from fastlora.lora.packed import PackedAdapter
+from fastlora.lora.patterns import ModuleSpec, scale_of
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class AdapterFileError(RuntimeError):
+    """An adapter folder that cannot be used; the message names the file, the reason and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter read from disk."""
+
+    base_model: str
+    specs: tuple[ModuleSpec, ...]
+    """One per adapted module; `scale` is what PEFT would compute."""
+    a_rd: Mapping[str, Tensor]
+    """Module -> A [r, d]."""
+    b_nr: Mapping[str, Tensor]
+    """Module -> B [n, r]."""
+
+
+def save_adapter(adapter: PackedAdapter, folder: Path, *, base_model: str, scaling: str) -> None:
+    """Writes the adapter so that PEFT's `PeftModel.from_pretrained(model, folder)` computes the same logits.
+
+    scaling: `lora.scaling` of the run; alpha/sqrt(r) becomes use_rslora, everything else an alpha with alpha/r = s in the last bit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name in adapter.slots:
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a_rd(name).cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b_rn(name).t().cpu().contiguous()
+    # Weights first: a folder with a config is complete.
+    atomic_write_bytes(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    atomic_write_text(folder / CONFIG_FILE, json.dumps(_peft_config(adapter, base_model, scaling), indent=2) + "\n")
+
+
+def _peft_config(adapter: PackedAdapter, base_model: str, scaling: str) -> dict[str, Any]:
+    rslora = scaling == "alpha/sqrt(r)"
+    alphas = {slot.name: slot.alpha if rslora else _alpha_for(slot.scale, slot.rank) for slot in adapter.slots.values()}
+    first = next(iter(adapter.slots.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        "r": first.rank,
+        "lora_alpha": alphas[first.name],
+        "use_rslora": rslora,
+        "target_modules": list(adapter.slots),
+        "rank_pattern": {_anchored(slot.name): slot.rank for slot in adapter.slots.values()},
+        "alpha_pattern": {_anchored(name): alpha for name, alpha in alphas.items()},
+    }
+
+
+def _anchored(name: str) -> str:
+    """A key that PEFT's `re.match(rf"(.*\\.)?({key})$", path)` lets match this path alone."""
+    return "^" + re.escape(name)
+
+
+def _alpha_for(scale: float, rank: int) -> float:
+    """The alpha nearest to s·r for which alpha / r gives the very bits of s."""
+    alpha = scale * rank
+    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+        if candidate / rank == scale:
+            return candidate
+    raise AssertionError(f"no float alpha with alpha / {rank} == {scale!r}")  # division by an integer is monotone: one of three fits
+
+
+def load_adapter(folder: Path) -> AdapterFile:
+    """Reads a LoRA adapter that fastlora or PEFT saved.
+
+    Raises AdapterFileError: files missing or damaged, not a plain LoRA (DoRA, biases, trained modules), A without B, or patterns
+    whose meaning depends on the order of their keys.
+    """
+    config, tensors = _read(folder)
+    _refuse_unserved(config, folder)
+    a_rd, b_nr = {}, {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise AdapterFileError(f"{folder / WEIGHTS_FILE}: {key} is not a LoRA matrix of a linear layer; only plain LoRA is served")
+        (a_rd if match[2] == "A" else b_nr)[match[1]] = tensor.float()
+    if odd := sorted(a_rd.keys() ^ b_nr.keys()):
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE}: {odd[0]} has only one of lora_A and lora_B")
+    specs = []
+    for name, a in a_rd.items():
+        rank = int(a.shape[0])
+        if b_nr[name].shape[1] != rank or _lookup(config, "rank_pattern", config["r"], name, folder) != rank:
+            raise AdapterFileError(f"{folder}: {name} has A {tuple(a.shape)}, B {tuple(b_nr[name].shape)} and another rank in {CONFIG_FILE}")
+        alpha = float(_lookup(config, "alpha_pattern", config["lora_alpha"], name, folder))
+        specs.append(ModuleSpec(name, rank, alpha, scale_of(alpha, rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")))
+    return AdapterFile(str(config.get("base_model_name_or_path")), tuple(specs), a_rd, b_nr)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise AdapterFileError(f"{folder}: no {file}; give the folder of a saved adapter, such as runs/NAME/adapter")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise AdapterFileError(f"{folder / CONFIG_FILE} is damaged: {error}") from None
+    try:
+        return config, load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from None
+
+
+def _refuse_unserved(config: Mapping[str, Any], folder: Path) -> None:
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+    for key, needed in plain.items():
+        if (config.get(key, needed) or None) != (needed or None):
+            raise AdapterFileError(f"{folder / CONFIG_FILE}: {key} = {config[key]!r}; only plain LoRA ({key} = {needed!r}) is served")
+
+
+def _lookup(config: Mapping[str, Any], field: str, default: Any, name: str, folder: Path) -> Any:
+    """PEFT's value for a module, refused when its keys disagree (PEFT would let their order decide)."""
+    pattern = config.get(field) or {}
+    hits = {key: pattern[key] for key in pattern if re.match(rf"(.*\.)?({key})$", name)}
+    if len(set(hits.values())) > 1:
+        raise AdapterFileError(f"{folder / CONFIG_FILE}: {field} keys {', '.join(map(repr, hits))} disagree about {name}")
+    return next(iter(hits.values()), default)
+
+
+def load_b_mask(path: Path) -> dict[str, Tensor]:
+    """Module -> bool [n, r] from a safetensors file. Raises AttachError when it is missing, damaged or not boolean."""
+    if not path.is_file():
+        raise AttachError(f"lora.b_mask = {str(path)!r}: no such file")
+    try:
+        masks = load_file(path)
+    except SafetensorError as error:
+        raise AttachError(f"lora.b_mask = {str(path)!r} is damaged: {error}") from None
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise AttachError(f"lora.b_mask = {str(path)!r}: {name} is {mask.dtype}, a mask is bool [n, r]")
+    return masks

@@ -1,0 +1,244 @@
+"""What a step trains on and how it is scored: GRPO on sampled completions, or cross-entropy on given ones. Same loop for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.advantages import deposit_advantages, trajectory_advantages
+from fastlora.batches import completion_batch, policy_batch, with_policies
+from fastlora.config import RunConfig
+from fastlora.data import batch_indices
+from fastlora.lora.packed import PackedAdapter
+from fastlora.losses.entropy_control import EntropyControl, applied_entropy_coef, next_entropy_control
+from fastlora.losses.policy import policy_loss
+from fastlora.losses.sft import sft_loss
+from fastlora.metrics import CompletionSample
+from fastlora.model import BaseModel
+from fastlora.policy import score
+from fastlora.rewards.deposits import Rewarded
+from fastlora.rollout.sampler import Sampler, SamplingParams
+from fastlora.types import Example, Rollout, TrainBatch
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""`with timer("sampling"):` adds the time inside to that share of the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """One generation batch, ready to train on."""
+
+    batch: TrainBatch
+    num_tokens: int
+    """Completion tokens in it."""
+    metrics: Mapping[str, float]
+    samples: Sequence[CompletionSample]
+    """A few completions to read."""
+
+
+class Objective(Protocol):
+    """What the trainer needs of an objective."""
+
+    def collect(self, step: int, adapter_version: int, timer: Timer) -> StepData:
+        """The data of generation batch `step` (from 1) under the current policy."""
+        ...
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss to call backward on, metrics) of one micro-batch."""
+        ...
+
+    def optimizer_stepped(self) -> None:
+        """Called after every optimizer step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, JSON-able."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over `state`."""
+        ...
+
+
+def derived_seed(seed: int, step: int) -> int:
+    """Seed of everything random in one step: a function of the run's seed and the step, so that a resumed run needs no state."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class PolicyObjective:
+    """GRPO: sample, reward, advantages, clipped surrogate."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: BaseModel,
+        adapter: PackedAdapter | None,
+        sampler: Sampler,
+        reward: Callable[[Rollout], Rewarded],
+        examples: Sequence[Example],
+    ) -> None:
+        self._config, self._model, self._adapter = config, model, adapter
+        self._sampler, self._reward, self._examples = sampler, reward, examples
+        self._entropy = EntropyControl(config.loss.entropy_coef)
+        self._entropy_sum = self._entropy_tokens = 0.0
+
+    def collect(self, step: int, adapter_version: int, timer: Timer) -> StepData:
+        """Samples, rewards and, where the loss needs them, scores under the behaviour and the reference policy."""
+        c = self._config
+        rows = batch_indices(step - 1, c.rollout.num_prompts, len(self._examples), c.seed)
+        r = c.rollout
+        params = SamplingParams(r.num_generations, r.max_completion_length, r.temperature, r.top_p, r.stop)
+        with timer("sampling"):
+            rollout = self._sampler.sample(
+                [self._examples[row] for row in rows], params, seed=derived_seed(c.seed, step), adapter_version=adapter_version
+            )
+        with timer("reward"):
+            rewarded = self._reward(rollout)
+            advantages = self._advantages(rollout, rewarded)
+        with timer("update"):
+            batch = policy_batch(rollout, advantages.to(self._model.device), mask_truncated=c.loss.mask_truncated_completions)
+            batch = self._with_policies(batch)
+        samples = completion_samples(step, rollout, rewarded, advantages)[: c.log.completions]
+        return StepData(batch, rollout.num_tokens, rollout_metrics(rollout, rewarded), samples)
+
+    def _advantages(self, rollout: Rollout, rewarded: Rewarded) -> Tensor:
+        c = self._config.advantage
+        if c.estimator == "deposits":
+            return deposit_advantages(rewarded.deposits, rollout.completion_mask_nt.cpu(), rollout.num_generations, c)
+        return trajectory_advantages(rewarded.rewards_nk, rewarded.weights_k, rollout.num_generations, c)
+
+    @torch.no_grad()
+    def _with_policies(self, batch: TrainBatch) -> TrainBatch:
+        """Behaviour log-probs where an optimizer step will come between sampling and loss (TRL's rule); reference ones where beta > 0."""
+        c = self._config
+        micro_batches = c.steps_per_generation * c.trainer.num_iterations
+        stale = c.trainer.gradient_accumulation_steps % micro_batches != 0
+        old = self._score(batch) if stale else None
+        if c.loss.beta == 0:
+            return with_policies(batch, old, None)
+        with self._adapter.disabled() if self._adapter else nullcontext():
+            return with_policies(batch, old, self._score(batch))
+
+    def _score(self, batch: TrainBatch) -> Tensor:
+        """logp_nt of the whole batch, in the micro-batches that will train: the same shapes give the same bits."""
+        return torch.cat([self._scored(part)[0] for part in batch.split(self._config.steps_per_generation)])
+
+    def _scored(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        c = self._config
+        return score(self._model.module, batch, c.rollout.temperature, c.trainer.implementation)
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Objective."""
+        c = self._config
+        logp_nt, entropy_nt = self._scored(batch)
+        loss, metrics = policy_loss(
+            logp_nt,
+            entropy_nt,
+            batch,
+            c.loss,
+            accumulation_steps=c.trainer.gradient_accumulation_steps,
+            steps_per_generation=c.steps_per_generation,
+            max_completion_length=c.rollout.max_completion_length,
+            entropy_coef=applied_entropy_coef(self._entropy, c.loss),
+        )
+        self._entropy_sum += float(metrics.pop("entropy_sum"))
+        self._entropy_tokens += float(metrics.pop("entropy_tokens"))
+        return loss, metrics
+
+    def optimizer_stepped(self) -> None:
+        """Moves the adaptive entropy coefficient."""
+        self._entropy = next_entropy_control(self._entropy, self._entropy_sum, self._entropy_tokens, self._config.loss)
+        self._entropy_sum = self._entropy_tokens = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """The entropy control; `last_entropy` None stands for infinite."""
+        state = asdict(self._entropy)
+        return {**state, "last_entropy": state["last_entropy"] if np.isfinite(state["last_entropy"]) else None}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Objective."""
+        last = state["last_entropy"]
+        self._entropy = EntropyControl(state["coef"], float("inf") if last is None else last)
+
+
+class SupervisedObjective:
+    """SFT: token-mean cross-entropy on the data set's completions; `rollout.num_prompts` of them per step."""
+
+    def __init__(self, config: RunConfig, model: BaseModel, examples: Sequence[Example]) -> None:
+        self._config, self._model, self._examples = config, model, examples
+
+    def collect(self, step: int, adapter_version: int, timer: Timer) -> StepData:
+        """The next rows of the epoch's order."""
+        rows = batch_indices(step - 1, self._config.rollout.num_prompts, len(self._examples), self._config.seed)
+        batch = completion_batch([self._examples[row] for row in rows], self._model)
+        return StepData(batch, batch.num_items_in_batch, {}, ())
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Objective; log-probabilities at temperature 1."""
+        c = self._config
+        logp_nt, _ = score(self._model.module, batch, 1.0, c.trainer.implementation)
+        return sft_loss(
+            logp_nt,
+            batch.loss_mask_nt,
+            batch.num_items_in_batch,
+            accumulation_steps=c.trainer.gradient_accumulation_steps,
+            steps_per_generation=c.steps_per_generation,
+        )
+
+    def optimizer_stepped(self) -> None:
+        """Nothing to do."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+def rollout_metrics(rollout: Rollout, rewarded: Rewarded) -> dict[str, float]:
+    """Reward statistics (unscorable completions left out), lengths and truncation of a rollout."""
+    total_n = rewarded.deposits.trajectory_rewards_n
+    scored = total_n[~total_n.isnan()]
+    per_group = total_n.view(-1, rollout.num_generations)
+    spread = per_group.nan_to_num(0.0).amax(1) - per_group.nan_to_num(0.0).amin(1)
+    metrics = {
+        "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
+        "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
+        "reward/frac_zero_std": float((spread == 0).float().mean()),
+        "reward/timeouts": float(rewarded.timeouts),
+        "reward/unscorable": float(rewarded.unscorable),
+        "completion/length_mean": rollout.num_tokens / len(rollout.texts),
+        "completion/truncated": float((~rollout.finished_n).float().mean()),
+    }
+    for name, rewards_n in zip(rewarded.names, rewarded.rewards_nk.unbind(1), strict=True):
+        metrics[f"reward/{name}"] = float(rewards_n.nanmean())
+    return metrics
+
+
+def completion_samples(step: int, rollout: Rollout, rewarded: Rewarded, advantages: Tensor) -> list[CompletionSample]:
+    """One completion per prompt, to be read; its advantage is that of its first token."""
+    samples = []
+    first_advantage_n = advantages.view(len(rollout.texts), -1)[:, :1].sum(1)
+    for n in range(0, len(rollout.texts), rollout.num_generations):
+        example = rollout.examples[n // rollout.num_generations]
+        rewards = dict(zip(rewarded.names, rewarded.rewards_nk[n].tolist(), strict=True))
+        samples.append(
+            CompletionSample(
+                step=step,
+                prompt=example.prompt,
+                completion=rollout.texts[n],
+                gold=example.answer,
+                rewards=rewards,
+                advantage=float(first_advantage_n[n]),
+                num_tokens=int(rollout.completion_mask_nt[n].sum()),
+                finished=bool(rollout.finished_n[n]),
+            )
+        )
+    return samples

@@ -1,0 +1,64 @@
+"""Log-probabilities of sampled tokens under the model: what the loss differentiates.
+
+Two layouts, one result. `score_packed` runs the model on real tokens only and the head on the rows that predict something.
+`score_padded` is TRL's layout and order of operations (trl/trainer/grpo_trainer.py, _get_per_token_logps_and_entropies, and
+trl/trainer/utils.py, add_fused_lm_head): every position of the rectangle goes through model and head, so that with the
+reference ops its bits are TRL's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastlora.attention import PREPARED_MASK
+from fastlora.ops.linear_logprob import linear_logprob
+from fastlora.packing import pack
+from fastlora.types import TrainBatch
+
+PACKED_TOKEN_CHUNK = 1024
+"""Rows of the head computed at once: a [1024, 49152] float32 tile is 200 MB, below it the GEMM loses no speed."""
+
+
+def score(model: PreTrainedModel, batch: TrainBatch, temperature: float, implementation: str) -> tuple[Tensor, Tensor]:
+    """(logp_nt, entropy_nt) in float32, zeros where there is no completion token; implementation: `auto` or `reference`."""
+    run = score_padded if implementation == "reference" else score_packed
+    return run(model, batch, temperature)
+
+
+def score_packed(model: PreTrainedModel, batch: TrainBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """See `score`; cost grows with real tokens."""
+    packed = pack(batch)
+    if not len(packed.targets_c):
+        zeros = torch.zeros(packed.shape_nt, device=batch.completion_ids_nt.device)
+        return zeros, zeros
+    hidden = model.base_model(
+        input_ids=packed.input_ids_t[None],
+        position_ids=packed.position_ids_t[None],
+        attention_mask=PREPARED_MASK,
+        use_cache=False,
+        cu_seqlens=packed.cu_seqlens,
+    ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    logp_c, entropy_c = linear_logprob(
+        hidden[packed.predictors_c], head.weight, packed.targets_c, bias_v=head.bias, temperature=temperature, token_chunk=PACKED_TOKEN_CHUNK
+    )
+    return packed.unpack(logp_c), packed.unpack(entropy_c)
+
+
+def score_padded(model: PreTrainedModel, batch: TrainBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """See `score`; bit for bit TRL's."""
+    input_ids = torch.cat([batch.prompt_ids_np, batch.completion_ids_nt], dim=1)
+    attention_mask = torch.cat([batch.prompt_mask_np, batch.completion_mask_nt], dim=1).long()
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    keep = batch.completion_ids_nt.shape[1]
+    scored = attention_mask[:, 1:].bool()
+    scored[:, :-keep] = False
+    targets = input_ids[:, 1:].masked_fill(~scored, 0)
+    logp, entropy = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, targets.reshape(-1), bias_v=head.bias, temperature=temperature
+    )
+    logp_nl, entropy_nl = (values.view(scored.shape).masked_fill(~scored, 0) for values in (logp, entropy))
+    return logp_nl[:, -keep:], entropy_nl[:, -keep:]

@@ -1,0 +1,165 @@
+"""One run from start to finish: evaluate, train, evaluate again, save, summarise, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from fastlora.analysis.report import write_report
+from fastlora.build import Parts, build, peak_memory_bytes
+from fastlora.checkpoint import Checkpoint, hash_config, load_checkpoint
+from fastlora.config import RunConfig
+from fastlora.errors import FastloraError
+from fastlora.evaluate import Evaluation, evaluate_greedy, evaluate_pass_at_k
+from fastlora.interrupt import interruptible
+from fastlora.lora.peft_format import save_adapter
+from fastlora.metrics import MetricsWriter, RunSummary, write_environment
+from fastlora.model import weights_hash
+from fastlora.progress import TrainingProgress, accuracy_table
+from fastlora.run_folder import RunFolder, create_run_folder, open_run_folder
+from fastlora.statistics import paired_test
+from fastlora.trainer import StoppedError, Trainer
+
+NOT_LEARNED = 3
+"""Exit status of a run that trained but missed eval.required_gain."""
+
+
+class BaseChangedError(FastloraError):
+    """The frozen base weights are not what they were before training."""
+
+
+def start_run(config: RunConfig, config_path: Path | None, console: Console) -> int:
+    """A new run; returns the exit status. The folder is made only after everything that can be refused was."""
+    parts = build(config, console)
+    folder = create_run_folder(config, config_path)
+    write_environment(folder.path)
+    return _run(config, parts, folder, console, None)
+
+
+def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
+    """Continues a run from its newest checkpoint (or, if asked, the newest intact one); from the start when there is none yet."""
+    folder, config = open_run_folder(path)
+    checkpoint = None
+    if any((path / "checkpoints").glob("step-*")):
+        checkpoint = load_checkpoint(path, config_hash=hash_config(config), allow_previous=allow_previous)
+        for line in checkpoint.passed_over:
+            console.print(f"passed over: {line}", markup=False, soft_wrap=True)
+        console.print(f"Resuming {path} after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
+    return _run(config, build(config, console), folder, console, checkpoint)
+
+
+def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, checkpoint: Checkpoint | None) -> int:
+    base_hash = weights_hash(parts.model.module) if config.method == "lora" else None
+    with parts.rewards, interruptible() as check_interrupt:
+        before = _evaluation(config, parts, folder, "before", 0, console)
+        trainer = Trainer(config, parts, folder, checkpoint)
+        first = 1 if checkpoint is None else checkpoint.step + 1
+        resume_step = None if checkpoint is None and not _has_metrics(folder) else first
+        try:
+            with (
+                MetricsWriter(folder.path, tensorboard=config.log.tensorboard, resume_step=resume_step) as writer,
+                TrainingProgress(config.trainer.steps, folder.path.name, completed=trainer.done.step, console=console) as progress,
+            ):
+                trainer.run(writer, progress, check_interrupt)
+        except StoppedError as stop:
+            raise StoppedError(f"{stop}. Continue with: python train.py --resume {folder.path}") from None
+        except FastloraError as error:
+            raise type(error)(f"{error}\n{_how_to_go_on(folder)}") from error
+        after = _evaluation(config, parts, folder, "after", trainer.done.optimizer_step, console)
+    _save_result(config, parts, folder)
+    if base_hash is not None and weights_hash(parts.model.module) != base_hash:
+        raise BaseChangedError("the frozen base weights changed during training; the adapter in this run cannot be trusted")
+    return _conclude(config, parts, folder, trainer, before, after, console)
+
+
+def _has_metrics(folder: RunFolder) -> bool:
+    """True when an earlier process of this run died before its first checkpoint; its rows are dropped."""
+    return (folder.path / "metrics.jsonl").exists()
+
+
+def _how_to_go_on(folder: RunFolder) -> str:
+    saved = sorted((folder.path / "checkpoints").glob("step-*"))
+    if not saved:
+        return f"No step was finished, so there is nothing to resume; what was logged is in {folder.path}"
+    return f"Saved up to {saved[-1].name}. When the cause is mended, continue with: python train.py --resume {folder.path}"
+
+
+def _evaluation(config: RunConfig, parts: Parts, folder: RunFolder, when: str, version: int, console: Console) -> Evaluation:
+    """Greedy answers to the held-out problems, from the run's folder if an earlier process has them; pass@k beside them if asked."""
+    path = folder.evaluation(when)
+    if when == "before" and path.exists():
+        return Evaluation.read(path)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"evaluating {when} training", total=len(parts.eval_examples))
+        grade = parts.rewards.functions[0]
+        result = evaluate_greedy(
+            parts.sampler,
+            grade,
+            parts.eval_examples,
+            config.rollout,
+            adapter_version=version,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+        estimates = evaluate_pass_at_k(
+            parts.sampler, grade, parts.eval_examples, config.eval, config.rollout, adapter_version=version
+        )
+    result.write(path)
+    accuracy = result.accuracy
+    console.print(
+        f"accuracy {when} training: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], {accuracy.successes} of {accuracy.n}",
+        markup=False,
+        highlight=False,
+    )
+    for estimate in estimates:
+        console.print(f"pass@{estimate.k} {when}: {estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]", markup=False, highlight=False)
+    return result
+
+
+def _save_result(config: RunConfig, parts: Parts, folder: RunFolder) -> None:
+    """The adapter as PEFT files, or the fine-tuned model."""
+    if parts.adapter is not None:
+        save_adapter(parts.adapter, folder.adapter, base_model=config.model.name, scaling=config.lora.scaling)
+    else:
+        parts.model.module.save_pretrained(folder.model)
+        parts.model.tokenizer.save_pretrained(folder.model)
+
+
+def _conclude(
+    config: RunConfig, parts: Parts, folder: RunFolder, trainer: Trainer, before: Evaluation, after: Evaluation, console: Console
+) -> int:
+    """summary.json, report.html, the table; the exit status."""
+    test, p0, p1 = paired_test(before.correct, after.correct), before.accuracy, after.accuracy
+    required = config.eval.required_gain
+    learned = None if required is None else test.difference >= required
+    summary = RunSummary(
+        name=folder.path.name,
+        seed=config.seed,
+        steps=trainer.done.step,
+        accuracy_before=p0.value,
+        accuracy_before_interval=(p0.low, p0.high),
+        accuracy_after=p1.value,
+        accuracy_after_interval=(p1.low, p1.high),
+        accuracy_gain=test.difference,
+        accuracy_gain_interval=(test.low, test.high),
+        mcnemar_p=test.p_value,
+        learned=learned,
+        train_seconds=trainer.done.seconds,
+        tokens=trainer.done.tokens,
+        peak_memory_bytes=peak_memory_bytes(parts.model.device),
+        trainable_parameters=parts.flat.num_trainable,
+        rank_pattern=parts.adapter.rank_pattern if parts.adapter else {},
+    )
+    summary.write(folder.path)
+    report = write_report(folder.path)
+    console.print(accuracy_table(summary))
+    console.print(f"report: {report}\nadapter: {folder.adapter if parts.adapter else folder.model}", highlight=False, soft_wrap=True)
+    if learned is False:
+        console.print(
+            f"[bold red]The run did not learn:[/] accuracy rose by {100 * test.difference:.1f} points, eval.required_gain asks for "
+            f"{100 * (required or 0):.1f}. Look at {report}; then more trainer.steps, another seed or optim.lr.",
+            highlight=False,
+        )
+        return NOT_LEARNED
+    return 0

@@ -1,0 +1,185 @@
+"""The training loop: collect, score, backward, step; metrics, evaluation and checkpoints around it.
+
+`Trainer.run` reads like the algorithm. Everything random is a function of the run's seed and the step, so that the state between
+steps is the parameters, the optimizer, the objective's few numbers and the step itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlora.build import Parts, peak_memory_bytes
+from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
+from fastlora.config import RunConfig
+from fastlora.evaluate import evaluate_greedy
+from fastlora.interrupt import Interrupted
+from fastlora.metrics import MetricsWriter
+from fastlora.objectives import StepData
+from fastlora.ops.registry import use_implementation
+from fastlora.optim import StepResult
+from fastlora.progress import StepTimer, TrainingProgress
+from fastlora.run_folder import RunFolder
+from fastlora.types import TrainBatch
+
+
+class StoppedError(RuntimeError):
+    """The run ended early; the message says why, what is saved and how to go on."""
+
+
+@dataclass(slots=True)
+class Done:
+    """What a run has done so far."""
+
+    step: int = 0
+    """Finished generation batches."""
+    optimizer_step: int = 0
+    """Optimizer steps taken or skipped: the position in the schedule and the adapter's version."""
+    tokens: int = 0
+    """Completion tokens trained on."""
+    seconds: float = 0.0
+    """Wall-clock time of the steps, over all resumptions."""
+
+
+class Trainer:
+    """One run. `run()` does the remaining steps."""
+
+    def __init__(self, config: RunConfig, parts: Parts, folder: RunFolder, resume_from: Checkpoint | None = None) -> None:
+        self.config, self.parts, self.folder = config, parts, folder
+        self.done = Done()
+        self._torn = False  # parameters have moved since the last finished step
+        if resume_from is not None:
+            self._restore(resume_from)
+
+    def run(self, writer: MetricsWriter, progress: TrainingProgress, check_interrupt: Callable[[], None]) -> None:
+        """Trains to the last step. Raises StoppedError after saving what can be saved; other errors pass through after the same."""
+        trainer = self.config.trainer
+        with use_implementation(trainer.implementation), self._saving_on_failure(writer):
+            while self.done.step < trainer.steps:
+                step = self.done.step + 1
+                metrics = self._step(step, writer, check_interrupt)
+                if self.config.eval.every and step % self.config.eval.every == 0 and step < trainer.steps:
+                    metrics |= self._evaluate()
+                writer.step(step, metrics)
+                progress.update({"step": step, **metrics})
+                if step == trainer.steps or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
+                    self._save(writer)
+                check_interrupt()
+
+    def _step(self, step: int, writer: MetricsWriter, check_interrupt: Callable[[], None]) -> dict[str, float]:
+        """One generation batch: collect it, then an optimizer step per `gradient_accumulation_steps` micro-batches."""
+        timer = StepTimer()
+        data = self.parts.objective.collect(step, self.done.optimizer_step, timer)
+        check_interrupt()
+        sums: dict[str, list[float]] = defaultdict(list)
+        with timer("update"):
+            for window in self._windows(data.batch):
+                result = self._optimizer_step(window, sums)
+                writer.gradient_norms(self.done.optimizer_step, self.parts.flat.segments, result.norms_m)
+        writer.completions(data.samples)
+        return self._finish_step(step, data, sums, timer.lap())
+
+    def _windows(self, batch: TrainBatch) -> Iterator[list[TrainBatch]]:
+        """The micro-batches of one generation batch, `num_iterations` times over, in groups of one optimizer step."""
+        trainer = self.config.trainer
+        micro_batches = batch.split(self.config.steps_per_generation) * trainer.num_iterations
+        for first in range(0, len(micro_batches), trainer.gradient_accumulation_steps):
+            yield micro_batches[first : first + trainer.gradient_accumulation_steps]
+
+    def _optimizer_step(self, window: list[TrainBatch], sums: dict[str, list[float]]) -> StepResult:
+        """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`."""
+        total = 0.0
+        for micro_batch in window:
+            loss, metrics = self.parts.objective.loss(micro_batch)
+            if loss.requires_grad:  # a micro-batch without completion tokens has nothing to differentiate
+                loss.backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name].append(float(value))
+        lr = self.parts.learning_rates[self.done.optimizer_step]
+        self._torn = True
+        result = self.parts.optimizer.step(lr, loss_finite=math.isfinite(total))
+        self.parts.flat.grad.zero_()
+        self.parts.objective.optimizer_stepped()
+        self.done.optimizer_step += 1
+        for name, value in (("loss", total), ("grad_norm", result.grad_norm), ("grad_clipped", result.clipped), ("lr", lr)):
+            sums[name].append(float(value))
+        return result
+
+    def _finish_step(self, step: int, data: StepData, sums: Mapping[str, list[float]], seconds: dict[str, float]) -> dict[str, float]:
+        self._torn = False
+        self.done.step = step
+        self.done.tokens += data.num_tokens
+        step_seconds = sum(seconds.values())
+        self.done.seconds += step_seconds
+        return {
+            **{name: sum(values) / len(values) for name, values in sums.items()},
+            **data.metrics,
+            **seconds,
+            "tokens": float(data.num_tokens),
+            "tokens_per_second": data.num_tokens / step_seconds,
+            "skipped_steps": float(self.parts.optimizer.steps_skipped),
+            "memory/peak_bytes": float(peak_memory_bytes(self.parts.model.device)),
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on the first problems of the held-out split."""
+        problems = self.parts.eval_examples[: self.config.eval.num_problems_during]
+        result = evaluate_greedy(
+            self.parts.sampler, self.parts.rewards.functions[0], problems, self.config.rollout, adapter_version=self.done.optimizer_step
+        )
+        return {"eval/accuracy": result.accuracy.value, "eval/num_problems": float(result.accuracy.n)}
+
+    def _save(self, writer: MetricsWriter) -> None:
+        """A checkpoint of the last finished step; metrics reach the disk first, so that they can be cut back to it."""
+        writer.flush()
+        optimizer = self.parts.optimizer.state_dict()
+        rng_tensors, rng_json = rng_state()
+        tensors = {"parameters": self.parts.flat.data, **rng_tensors}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        state: dict[str, Any] = {
+            "progress": {name: getattr(self.done, name) for name in Done.__slots__},
+            "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
+            "objective": self.parts.objective.state(),
+            "rng": rng_json,
+        }
+        save_checkpoint(
+            self.folder.path,
+            step=self.done.step,
+            tensors=tensors,
+            state=state,
+            config_hash=hash_config(self.config),
+            keep=self.config.trainer.keep_checkpoints,
+        )
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self.parts.flat.data.copy_(tensors["parameters"])
+        moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+        self.parts.optimizer.load_state_dict({**moments, **state["optimizer"]})
+        self.parts.objective.restore(state["objective"])
+        self.done = Done(**state["progress"])
+        restore_rng_state(tensors, state["rng"])
+
+    def _saving_on_failure(self, writer: MetricsWriter) -> ExitStack:
+        """Leaves a checkpoint of the last finished step behind whatever ends the loop, unless parameters have moved since."""
+        stack = ExitStack()
+
+        def on_exit(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+            if error is None:
+                return False
+            if not self._torn and self.done.step > 0:
+                self._save(writer)
+            if isinstance(error, Interrupted):
+                raise StoppedError(f"stopped after step {self.done.step} of {self.config.trainer.steps}") from None
+            return False
+
+        stack.push(on_exit)
+        return stack
