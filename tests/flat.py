@@ -1,4 +1,4 @@
-"""Flat parameters for tests of the optimizer: a layout made by hand, and the same matrices as separate tensors in PEFT's shapes."""
+"""Flat parameters for tests of the optimizer: a layout made by hand, and its matrices as separate tensors in PEFT's shapes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def make_flat(
     modules: tuple[tuple[int, int, int], ...] = ODD_MODULES, *, masked: bool = False, dtype: torch.dtype = torch.float32
 ) -> HandmadeFlat:
     """Random parameters, zero gradient; with `masked`, about half of the entries train."""
-    shapes = {(i, "A"): (r, d) for i, (r, d, _) in enumerate(modules)} | {(i, "B"): (r, n) for i, (r, _, n) in enumerate(modules)}
+    shapes = {(i, "A"): (r, d) for i, (r, d, _) in enumerate(modules)}
+    shapes |= {(i, "B"): (r, n) for i, (r, _, n) in enumerate(modules)}
     offset, segments = 0, {}
     for (i, part), shape in shapes.items():
         segments[i, part] = Segment(f"layers.{i}.lora_{part}", offset, shape, transposed=part == "B")

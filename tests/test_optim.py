@@ -91,7 +91,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="the state belongs to another adapter"):
         optimizer.load_state_dict(state)
     del state["exp_avg"]
-    with pytest.raises(ValueError, match="missing or unknown: exp_avg$"):
+    with pytest.raises(ValueError, match=r"missing or unknown: exp_avg$"):
         optimizer.load_state_dict(state)
 
 

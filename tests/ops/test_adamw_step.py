@@ -118,7 +118,8 @@ def test_impossible_segments_are_refused(offset: int, shape: tuple[int, int], me
 
 def test_buffers_of_another_layout_are_refused() -> None:
     def call(param: Tensor, moment: Tensor) -> None:
-        adamw_step_op(param, param, moment, moment.clone(), None, torch.ones(()), [16], [4], [4], [False], 1, 0.1, 0.9, 0.9, 1e-8, 0.0)
+        place, settings = ([16], [4], [4], [False]), (0.1, 0.9, 0.9, 1e-8, 0.0)
+        adamw_step_op(param, param, moment, moment.clone(), None, torch.ones(()), *place, 1, *settings)
 
     with pytest.raises(RuntimeError, match="exceeds dimension size"):
         call(torch.zeros(16), torch.zeros(16))

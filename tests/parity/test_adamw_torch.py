@@ -1,4 +1,4 @@
-"""The optimizer against torch's own: `clip_grad_norm_` and `AdamW(fused=True)` on separate tensors in PEFT's shapes, bit for bit.
+"""Bit for bit against torch's own `clip_grad_norm_` and `AdamW(fused=True)` on separate tensors in PEFT's shapes.
 
 These are the two calls that TRL's trainer makes (accelerate's clip_grad_norm_ calls torch's; adamw_torch_fused is its default).
 """
