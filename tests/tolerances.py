@@ -12,3 +12,10 @@ PUBLISHED_4_DIGITS = 5e-5
 BOOTSTRAP_LIMIT = 5e-3
 """Newcombe or Wilson limits against percentile-bootstrap limits, over 1,000 or more problems: the methods differ by O(1/n) = 1e-3 and the
 bootstrap's limit is a sample quantile, ± .0003; the interval itself is ± .03 wide, so a wrong term (no correlation, say) is visible."""
+
+FP32_LOGPROB = 1e-5
+"""Error of a float32 log-probability relative to the largest logit: sums of at most 1e3 products, √1e3 · 2^-24 = 2e-6; 5 × that."""
+
+FP32_ADVANTAGE = 1e-5
+"""Error of a float32 advantage of order 1: mean, difference, variance, root and ratio of some tens of numbers, 2^-24 = 6e-8 each, the
+difference with cancellation by up to the ratio of mean and deviation; a hundred roundings."""

@@ -264,7 +264,7 @@ def _mean(x_nt: Tensor | None, mask_nt: Tensor, like: Tensor) -> Tensor:
     if x_nt is None:
         return like.new_zeros(())
     weight_nt = mask_nt.bool() if x_nt.shape == mask_nt.shape else mask_nt.bool().any(-1, keepdim=True)
-    return (x_nt.detach() * weight_nt).sum() / weight_nt.sum().clamp(min=1.0)
+    return (x_nt.detach().to(like.dtype) * weight_nt).sum() / weight_nt.sum().clamp(min=1.0)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
