@@ -25,7 +25,10 @@ def score(texts: Sequence[str], examples: Sequence[Example]) -> list[float | Non
 
 
 def is_correct(text: str, gold: str) -> bool:
-    """The answer is the last \\boxed{} if there is one, else what math-verify takes for the final answer."""
+    """The completion's answer is what math-verify takes for it: all its boxes as a set, else its last formula or number.
+
+    So a second box with another answer is wrong, and betting on two does not pay.
+    """
     return verify(list(parse_gold(gold)), parse(text, parsing_timeout=None), timeout_seconds=None)
 
 
