@@ -390,6 +390,17 @@ def test_atomic_write_keeps_the_old_file_on_a_full_disk(small_disk: Path) -> Non
     assert path.read_text() == "new"
 
 
+def test_atomic_write_replaces_the_file_and_never_writes_into_it(tmp_path: Path) -> None:
+    """Whoever has the old file open keeps reading the old content: there is no moment at which it is half written."""
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    (tmp_path / ".summary.json.tmp").write_text("left by a killed run")
+    with path.open() as reader:
+        atomic_write_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         atomic_write_text(tmp_path / "no such folder" / "file", "x")
