@@ -6,9 +6,9 @@ Completions of one prompt are adjacent, `num_generations` = g of them. Two estim
     deposits     d'_t = (d_t − mean_group d) / (std d + eps) at the deposits, else 0      one number per token
                  A_t  = d'_t if dense, else Σ_{t' ≥ t} d'_t'
 
-std is Bessel-corrected, over the group, the batch, or absent (scale_rewards). `trajectory` is GRPO (arXiv 2402.03300) as TRL 1.16
-computes it, bit for bit in float32 (trl/trainer/grpo_trainer.py, _generate_and_score_completions); `deposits` is that of the
-reward-density study (github gernim/lora-reward-density).
+std is Bessel-corrected, over the group, the batch, or absent (scale_rewards). `trajectory` is GRPO (arXiv 2402.03300) as TRL
+1.16 computes it, bit for bit in float32 (trl/trainer/grpo_trainer.py, _generate_and_score_completions); `deposits` is that of
+the reward-density study (github gernim/lora-reward-density).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastlora.types import Deposits
 def trajectory_advantages(rewards_nk: Tensor, weights_k: Tensor, num_generations: int, config: AdvantageConfig) -> Tensor:
     """Advantages [n], float32, of completions scored by k reward functions.
 
-    rewards_nk: float32 [n, k]; NaN = this function could not score this completion. A completion that no function could score has
-    advantage 0 and does not enter any mean. weights_k: float32 [k].
+    rewards_nk: float32 [n, k]; NaN = this function could not score this completion. A completion that no function could score
+    has advantage 0 and does not enter any mean. weights_k: float32 [k].
 
-    sum_then_normalize: weight and sum, then normalise by group. normalize_then_sum (GDPO, arXiv 2601.05242): normalise each function
-    within its group, weight and sum, then normalise over the batch; as in TRL, scale_rewards has no say in it.
+    sum_then_normalize: weight and sum, then normalise by group. normalize_then_sum (GDPO, arXiv 2601.05242): normalise each
+    function within its group, weight and sum, then normalise over the batch; as in TRL, scale_rewards has no say in it.
 
     Raises ValueError when n is no multiple of num_generations or the weights do not fit.
     """
@@ -75,9 +75,7 @@ def _nan_std(x: Tensor, dim: int) -> Tensor:
     return torch.sqrt(variance * bessel)
 
 
-def deposit_advantages(
-    deposits: Deposits, completion_mask_nt: Tensor, num_generations: int, config: AdvantageConfig
-) -> Tensor:
+def deposit_advantages(deposits: Deposits, completion_mask_nt: Tensor, num_generations: int, config: AdvantageConfig) -> Tensor:
     """Advantages [n, t], float32, of rewards deposited at tokens; 0 at padding.
 
     The mean and standard deviation are over all deposits of a prompt's completions (scale_rewards = "batch": the standard
@@ -91,7 +89,9 @@ def deposit_advantages(
     _check_groups(n, num_generations)
     _check_deposits(deposits, completion_mask_nt)
     normalized_pm = _normalize_deposits(
-        deposits.token_rewards_nt.view(-1, num_generations * t), deposits.step_reward_mask_nt.view(-1, num_generations * t), config
+        deposits.token_rewards_nt.view(-1, num_generations * t),
+        deposits.step_reward_mask_nt.view(-1, num_generations * t),
+        config,
     )
     normalized_nt = normalized_pm.view(n, t)
     if not deposits.dense:
@@ -102,8 +102,8 @@ def deposit_advantages(
 def _normalize_deposits(rewards_pm: Tensor, at_pm: Tensor, config: AdvantageConfig) -> Tensor:
     """d' [p, m], float64, of the tokens of each prompt's group in one row; 0 where `at_pm` says that nothing is deposited.
 
-    In float64 equal 24-bit numbers sum, and divide, without rounding: they differ from their mean by 0, and not by a rounding error
-    that a standard deviation of the same size would blow up to 1.
+    In float64 equal 24-bit numbers sum, and divide, without rounding: they differ from their mean by 0, and not by a rounding
+    error that a standard deviation of the same size would blow up to 1.
     """
     deposits_pm = rewards_pm.double().masked_fill(~at_pm, 0.0)
     entries_p1 = at_pm.sum(dim=1, keepdim=True)

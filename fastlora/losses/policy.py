@@ -23,10 +23,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss to call backward on, metrics as 0-dim tensors) of one micro-batch; formulas in fastlora/ops/grpo_loss.py.
 
-    logp_nt, entropy_nt: float [n, t], nats, of the batch's completions, finite at padding. entropy_coef: what applies to this optimizer
-    step (`losses.entropy_control`; config.entropy_coef when the control is off). importance_ratio_nt: π_old / π_sampler, [n, t] or
-    [n, 1], where the sampler is not the trainer. The losses of an optimizer step's `accumulation_steps` micro-batches add up:
-    they are already divided. Metrics that the config switches off are absent; names as in `ops.grpo_loss.METRICS`.
+    logp_nt, entropy_nt: float [n, t], nats, of the batch's completions, finite at padding. entropy_coef: what applies to this
+    optimizer step (`losses.entropy_control`; config.entropy_coef when the control is off). importance_ratio_nt: π_old /
+    π_sampler, [n, t] or [n, 1], where the sampler is not the trainer. The losses of an optimizer step's `accumulation_steps`
+    micro-batches add up: they are already divided. Metrics that the config switches off are absent; names as in
+    `ops.grpo_loss.METRICS`.
 
     Raises ValueError when shapes do not fit or config.beta > 0 and the batch has no reference log-probabilities.
     """

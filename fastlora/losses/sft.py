@@ -15,9 +15,9 @@ def sft_loss(
     so that the losses of an optimizer step add up to the mean over its tokens, however these spread over micro-batches (where a
     generation batch feeds several optimizer steps: over an equal share of its tokens each).
 
-    logp_nt: float [n, t], nats. loss_mask_nt: bool [n, t], the tokens that train. num_items_in_batch: how many of them the whole
-    generation batch has. accumulation_steps, steps_per_generation: micro-batches per optimizer step and per generation batch.
-    Metrics: nll, the mean over this micro-batch's own tokens (nats).
+    logp_nt: float [n, t], nats. loss_mask_nt: bool [n, t], the tokens that train. num_items_in_batch: how many of them the
+    whole generation batch has. accumulation_steps, steps_per_generation: micro-batches per optimizer step and per generation
+    batch. Metrics: nll, the mean over this micro-batch's own tokens (nats).
 
     Raises ValueError when num_items_in_batch is not positive: there is nothing to learn from.
     """

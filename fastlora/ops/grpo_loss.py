@@ -8,14 +8,16 @@ arXiv 2507.18071), advantage A, mask m, entropy H, and n sequences:
 
 | loss_type | surrogate | aggregate | arXiv |
 |---|---|---|---|
-| grpo    | −min(ρA, clip(ρ, 1 − ε, 1 + ε_high) A), the first ρ capped at δ | mean over n of Σ mℓ / Σ m, ÷ accumulation | 2402.03300 |
+| grpo    | −min(ρA, clip(ρ, 1 − ε, 1 + ε_high) A), 1st ρ capped at δ | mean over n of Σ mℓ / Σ m, ÷ accumulation | 2402.03300 |
 | bnpo    | as grpo | Σ mℓ / Σ m over the micro-batch, ÷ accumulation | |
 | dr_grpo | as grpo | Σ mℓ / (n · max_completion_length), ÷ accumulation | 2503.20783 |
 | dapo    | as grpo | Σ mℓ / (num_items_in_batch · accumulation / steps_per_generation) | 2503.14476 |
 | luspo   | as grpo | mean over n of Σ mℓ, ÷ accumulation | 2602.05261 |
 | cispo   | −sg[min(ρ, ε_high)] A logp | as dapo | 2506.13585 |
-| sapo    | −4/τ σ(τ (ρ − 1)) A, τ by the sign of A | as grpo | 2511.20347 |
-| vespo   | −sg[φ(w)] A logp, φ(w) = e^λ w^k e^{−λw}, w = Π_t ρ_t · importance ratio, k and λ by the sign of A | as dapo | 2602.10693 |
+| sapo    | −4/τ σ(τ (ρ − 1)) A | as grpo | 2511.20347 |
+| vespo   | −sg[φ(w)] A logp, φ(w) = e^λ w^k e^{−λw}, w = Π_t ρ_t · importance ratio | as dapo | 2602.10693 |
+
+sg[·] carries no gradient; τ, k and λ have a value for each sign of A.
 
 KL estimators, with d = logp_ref − logp (k1, k2, k3: J. Schulman, joschu.net/blog/kl-approx.html; TRL has k3 only):
 
@@ -58,10 +60,10 @@ METRICS = (
 )
 """Entries of the op's second output; an entry that the options switch off is 0 (and not reported by losses.policy).
 
-policy_loss: the loss before ÷ accumulation and entropy bonus. entropy (nats), ratio_mean, kl (nats): means over the trained tokens.
-entropy_sum, entropy_tokens: Σ m'H and Σ m', for the controller of entropy_coef. clip_ratio: fraction of trained tokens
-whose ratio is clipped at A < 0, at A > 0, at either. vespo/phi_mean: mean weight. off_policy_kept: fraction of trained tokens kept.
-Sequence-level quantities are means over the sequences that have a trained token.
+policy_loss: the loss before ÷ accumulation and entropy bonus. entropy (nats), ratio_mean, kl (nats): means over the trained
+tokens. entropy_sum, entropy_tokens: Σ m'H and Σ m', for the controller of entropy_coef. clip_ratio: fraction of trained
+tokens whose ratio is clipped at A < 0, at A > 0, at either. vespo/phi_mean: mean weight. off_policy_kept: fraction of trained
+tokens kept. Sequence-level quantities are means over the sequences that have a trained token.
 """
 
 
@@ -182,8 +184,10 @@ def _highest_entropy(entropy_nt: Tensor, mask_nt: Tensor, share: float) -> Tenso
     return (entropy_nt >= threshold) & mask_nt.bool()
 
 
-def _near_policy(logp_nt: Tensor, behaviour_logp_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, threshold: float) -> Tensor:
-    """bool [n, 1] (or [n, t]), False for negative advantages of sequences that left the policy (DeepSeek-V3.2, arXiv 2512.02556)."""
+def _near_policy(
+    logp_nt: Tensor, behaviour_logp_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, threshold: float
+) -> Tensor:
+    """bool [n, 1] or [n, t], False at negative advantages in sequences that left the policy (DeepSeek-V3.2, 2512.02556)."""
     # A token that the sampler could not score (NaN) is no evidence of having left it.
     kl_nt = torch.nan_to_num(behaviour_logp_nt - logp_nt, nan=0.0)
     return (advantages_nt >= 0) | (_sequence_mean(kl_nt, mask_nt) <= threshold)
@@ -290,14 +294,15 @@ def grpo_loss(
     steps_per_generation: int,
     max_completion_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, a scalar in nats that is minimised; metrics_m, one entry for each name of METRICS). Differentiable in logp and entropy.
+    """(loss, a scalar to minimise; metrics_m, one entry for each name of METRICS). Differentiable in logp_nt and entropy_nt.
 
     logp_nt, entropy_nt: float [n, t], in nats, finite at padding too. mask_nt: bool or int [n, t], the tokens that train.
-    advantages_nt: [n, 1] or [n, t]. old_logp_nt: behaviour policy, [n, t]; None = logp_nt without gradient (ratio 1). ref_logp_nt:
-    reference policy, [n, t]; used when config.beta > 0. sampler_logp_nt: what the sampler said, [n, t], for the off-policy mask; None
-    = old_logp_nt. importance_ratio_nt: factor π_old / π_sampler on the token loss, [n, t] or [n, 1], 1 at padding; None = 1.
-    entropy_coef: weight of the entropy bonus now. num_items_in_batch: trained tokens of the whole generation batch.
-    accumulation_steps, steps_per_generation: micro-batches per optimizer step and per generation batch. max_completion_length: tokens.
+    advantages_nt: [n, 1] or [n, t]. old_logp_nt: behaviour policy, [n, t]; None = logp_nt without gradient (ratio 1).
+    ref_logp_nt: reference policy, [n, t]; used when config.beta > 0. sampler_logp_nt: what the sampler said, [n, t], for the
+    off-policy mask; None = old_logp_nt. importance_ratio_nt: factor π_old / π_sampler on the token loss, [n, t] or [n, 1], 1
+    at padding; None = 1. entropy_coef: weight of the entropy bonus now. num_items_in_batch: trained tokens of the whole
+    generation batch. accumulation_steps, steps_per_generation: micro-batches per optimizer step and per generation batch.
+    max_completion_length: tokens.
 
     Raises ValueError when a shape does not fit, or config.beta > 0 without ref_logp_nt.
     """

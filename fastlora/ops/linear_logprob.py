@@ -9,13 +9,13 @@ Backward, which recomputes z from h and W and needs log_z and entropy only (the 
     d logp_t / dz_tv = 1[v = target_t] − p_tv        d entropy_t / dz_tv = −p_tv (log p_tv + entropy_t)
     dh_td = dz_tv W_vd / temperature
 
-The vocabulary is walked in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein 2018, "Online normalizer
-calculation for softmax", algorithm 3). Memory beside inputs and outputs: one tile of logits [token_chunk, vocab_chunk], reused for every chunk, and
-the float32 temporaries of its elementwise work, two at a time at most. FLOPs: 2 t d v forward, 4 t d v backward.
+The vocabulary is walked in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein 2018, "Online
+normalizer calculation for softmax", algorithm 3). Memory beside inputs and outputs: one tile of logits, [token_chunk,
+vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward.
 
 Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dh is accumulated in the same and
-rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py): with
-the same chunk sizes logp, entropy and dh have its bits.
+rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py):
+with the same chunk sizes logp, entropy and dh have its bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _accumulation_dtype(hidden_td: Tensor) -> torch.dtype:
 def _logit_tiles(
     hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, token_chunk: int, vocab_chunk: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(tokens, vocabulary, their logits before the temperature). All tiles are the same memory: done with one before the next."""
+    """(tokens, vocabulary, logits before the temperature). All tiles share their memory: be done with one before the next."""
     t, v = hidden_td.shape[0], weight_vd.shape[0]
     buffer = hidden_td.new_empty(min(t, token_chunk) * min(v, vocab_chunk))
     for token_start in range(0, t, token_chunk):
@@ -177,11 +177,12 @@ def linear_logprob(
     """(logp_t, entropy_t), float32 [t] (float64 for float64 inputs), in nats, of a frozen language-model head.
 
     hidden_td: [t, d], the only differentiable input. weight_vd: [v, d], bias_v: [v] or None, both in the dtype of hidden_td.
-    targets_t: int64 [t], in [0, v). temperature: divides the logits. with_entropy = False saves a pass over each tile and returns
-    an empty entropy_t [0]. token_chunk, vocab_chunk: shape of the tile of logits; they do not change the result beyond rounding.
+    targets_t: int64 [t], in [0, v). temperature: divides the logits. with_entropy = False saves a pass over each tile and
+    returns an empty entropy_t [0]. token_chunk, vocab_chunk: shape of the tile of logits; they do not change the result
+    beyond rounding.
 
-    Raises ValueError when shapes or dtypes disagree, temperature is not a positive number, a chunk is empty, the head asks for a
-    gradient, or a target is out of range. Targets on a GPU are not looked at, which would stall it: there an
+    Raises ValueError when shapes or dtypes disagree, temperature is not a positive number, a chunk is empty, the head asks
+    for a gradient, or a target is out of range. Targets on a GPU are not looked at, which would stall it: there an
     out-of-range target makes its logp NaN.
     """
     _check(hidden_td, weight_vd, targets_t, bias_v, temperature, token_chunk, vocab_chunk)
@@ -210,11 +211,15 @@ def _check(
         if head is not None and head.dtype != hidden_td.dtype:
             raise ValueError(f"linear_logprob: {name} is {head.dtype} but hidden_td is {hidden_td.dtype}; cast one of them")
         if head is not None and head.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"linear_logprob: {name} requires a gradient, but this op is for a frozen head and would give it none")
+            raise ValueError(
+                f"linear_logprob: {name} requires a gradient, but this op is for a frozen head and would give it none"
+            )
     if not 0 < temperature < math.inf:
         raise ValueError(f"linear_logprob: temperature must be a positive number, got {temperature}")
     if token_chunk < 1 or vocab_chunk < 1:
-        raise ValueError(f"linear_logprob: chunks must hold at least 1, got token_chunk {token_chunk}, vocab_chunk {vocab_chunk}")
+        raise ValueError(
+            f"linear_logprob: chunks must hold at least 1, got token_chunk {token_chunk}, vocab_chunk {vocab_chunk}"
+        )
     if t and targets_t.device.type == "cpu":
         low, high = int(targets_t.min()), int(targets_t.max())
         if low < 0 or high >= v:
@@ -228,7 +233,9 @@ def cost(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t:
     return Cost(2 * t * d * v, (t * d + v * d) * hidden_td.element_size() + t * targets_t.element_size() + outputs)
 
 
-def backward_cost(grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, hidden_td: Tensor, weight_vd: Tensor, *rest: Any) -> Cost:
+def backward_cost(
+    grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, hidden_td: Tensor, weight_vd: Tensor, *rest: Any
+) -> Cost:
     """Backward pass: the head GEMM again and the one for dh; h, W, dh and four vectors [t] once."""
     (t, d), v = hidden_td.shape, weight_vd.shape[0]
     vectors = 4 * t * _accumulation_dtype(hidden_td).itemsize
@@ -265,7 +272,9 @@ def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[An
 
 def backward_sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
     """The forward samples with gradients of both outputs, or of logp alone where the entropy was not computed."""
-    for hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk in sample_inputs(dtype, device):
+    for hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk in sample_inputs(
+        dtype, device
+    ):
         hidden_td = hidden_td.detach()
         logp_t, entropy_t, log_z_t = linear_logprob_op(
             hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk

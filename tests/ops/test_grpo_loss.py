@@ -1,4 +1,4 @@
-"""grpo_loss against the published formulas, written token by token in Python floats; its bits against TRL's are in tests/parity."""
+"""grpo_loss against the published formulas, token by token in Python floats; its bits against TRL's are in tests/parity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Problem:
     sampler: Tensor | None
     importance_ratio: Tensor | None
 
-    def loss(self, config: LossConfig, logp: Tensor | None = None, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, config: LossConfig, logp: Tensor | None = None, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
         loss, metrics_m = grpo_loss(
             self.logp if logp is None else logp,
             self.entropy if entropy is None else entropy,
@@ -165,7 +167,9 @@ def _close(got: float, expected: float) -> bool:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_matches_the_formula(loss_type: str, level: str, variant: str) -> None:
-    for seed, (per_token, on_policy, ratio_width) in enumerate([(False, False, 0), (True, False, T), (False, True, 1), (True, False, 0)]):
+    for seed, (per_token, on_policy, ratio_width) in enumerate(
+        [(False, False, 0), (True, False, T), (False, True, 1), (True, False, 0)]
+    ):
         problem = _problem(seed)
         generator = torch.Generator().manual_seed(seed)
         ratio = (0.3 * torch.randn(N, ratio_width, generator=generator, dtype=torch.float64)).exp() if ratio_width else None
@@ -201,7 +205,9 @@ def test_matches_the_formula(loss_type: str, level: str, variant: str) -> None:
 def test_gradcheck(loss_type: str, level: str, variant: str) -> None:
     seed = LOSS_TYPES.index(loss_type) + list(VARIANTS).index(variant)
     problem, estimator = _problem(seed), KL_ESTIMATORS[seed % len(KL_ESTIMATORS)]
-    config = LossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.07, kl_estimator=estimator, **VARIANTS[variant])
+    config = LossConfig(
+        loss_type=loss_type, importance_sampling_level=level, beta=0.07, kl_estimator=estimator, **VARIANTS[variant]
+    )
     leaves = (problem.logp.clone().requires_grad_(), problem.entropy.clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda logp, entropy: problem.loss(config, logp, entropy)[0], leaves)
 
@@ -230,7 +236,12 @@ def test_weights_carry_no_gradient(loss_type: str) -> None:
 def test_masked_tokens_do_not_matter(loss_type: str) -> None:
     """Anything finite may stand at padding: loss and the other gradients keep their bits, and padding gets none."""
     config = LossConfig(
-        loss_type=loss_type, beta=0.05, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1, entropy_coef=0.01, epsilon_high=0.3
+        loss_type=loss_type,
+        beta=0.05,
+        top_entropy_quantile=0.6,
+        off_policy_mask_threshold=0.1,
+        entropy_coef=0.01,
+        epsilon_high=0.3,
     )
     problem = _problem()
     assert problem.old is not None and problem.sampler is not None

@@ -17,12 +17,20 @@ from tests.tolerances import FP32_LOGPROB, FP64_EXACT
 CPU = torch.device("cpu")
 
 
-def _problem(t: int, d: int, v: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden_td, weight_vd, bias_v = torch.randn(t, d, dtype=dtype), scale * torch.randn(v, d, dtype=dtype), torch.randn(v, dtype=dtype)
+def _problem(
+    t: int, d: int, v: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_td, weight_vd, bias_v = (
+        torch.randn(t, d, dtype=dtype),
+        scale * torch.randn(v, d, dtype=dtype),
+        torch.randn(v, dtype=dtype),
+    )
     return hidden_td.requires_grad_(), weight_vd, bias_v, torch.randint(v, (t,))
 
 
-def _oracle(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _oracle(
+    hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """(logp_t, entropy_t) from the full logits, in float64."""
     bias = 0.0 if bias_v is None else bias_v.double()
     log_p_tv = torch.log_softmax((hidden_td.double() @ weight_vd.double().t() + bias) / temperature, dim=-1)
@@ -47,7 +55,10 @@ def test_matches_log_softmax(t: int, v: int, chunks: tuple[int, int]) -> None:
             hidden_td, weight_vd, targets_t, bias_v=bias, temperature=temperature, token_chunk=chunks[0], vocab_chunk=chunks[1]
         )
         weights = torch.randn(2, t, dtype=torch.float64)
-        dh = [torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0] for logp, entropy in (got, expected)]
+        dh = [
+            torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0]
+            for logp, entropy in (got, expected)
+        ]
         for ours, theirs in (*zip(got, expected, strict=True), dh):
             assert ours.shape == theirs.shape and ours.dtype == torch.float64
             assert _error(ours, theirs) < FP64_EXACT
@@ -97,7 +108,7 @@ def test_low_precision_inputs_give_float32_logp(dtype: torch.dtype) -> None:
 
 
 def test_extreme_logits_stay_finite() -> None:
-    """Logits of ±1e4: probabilities underflow to exactly 0 and 1; log-probabilities, entropy and gradients must not overflow."""
+    """Logits of ±1e4: probabilities underflow to exactly 0 and 1; log-probabilities, entropy and gradients stay finite."""
     hidden_td, weight_vd, _, targets_t = _problem(63, 16, 97, torch.float32, scale=3e3)
     logp_t, entropy_t = linear_logprob(hidden_td, weight_vd, targets_t, token_chunk=20, vocab_chunk=30)
     expected_logp_t, expected_entropy_t = _oracle(hidden_td, weight_vd, None, targets_t, 1.0)
@@ -124,7 +135,9 @@ def test_never_holds_the_logits() -> None:
     hidden_td, weight_vd, _, targets_t = _problem(t, d, v)
     hidden_td = hidden_td.detach()
     with Watch():  # the implementations themselves: from outside, an op is opaque to the watch
-        logp_t, entropy_t, log_z_t = linear_logprob_op._init_fn(hidden_td, weight_vd, None, targets_t, 1.0, True, token_chunk, vocab_chunk)
+        logp_t, entropy_t, log_z_t = linear_logprob_op._init_fn(
+            hidden_td, weight_vd, None, targets_t, 1.0, True, token_chunk, vocab_chunk
+        )
         linear_logprob_backward_op._init_fn(
             logp_t, entropy_t, hidden_td, weight_vd, None, targets_t, log_z_t, entropy_t, 1.0, token_chunk, vocab_chunk
         )
@@ -158,7 +171,11 @@ def test_head_gets_no_gradient_and_reference_is_counted() -> None:
     ids=str,
 )
 def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"hidden_td": torch.zeros(3, 4), "weight_vd": torch.zeros(11, 4), "targets_t": torch.tensor([0, 1, 2])}
+    arguments: dict[str, Any] = {
+        "hidden_td": torch.zeros(3, 4),
+        "weight_vd": torch.zeros(11, 4),
+        "targets_t": torch.tensor([0, 1, 2]),
+    }
     with pytest.raises(ValueError, match=message):
         linear_logprob(**{**arguments, **changes})
 

@@ -60,6 +60,8 @@ def test_bits_equal_trl(monkeypatch, t, d, v, with_bias, temperature, token_chun
             vocab_chunk=vocab_chunk,
         )
 
-    for name, got, expected in zip(("logp", "entropy", "dh"), _run(ours, hidden_td, wanted), _run(trl, hidden_td, wanted), strict=True):
+    for name, got, expected in zip(
+        ("logp", "entropy", "dh"), _run(ours, hidden_td, wanted), _run(trl, hidden_td, wanted), strict=True
+    ):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected), f"{name}: max |Δ| = {(got - expected).abs().max():.3e}"

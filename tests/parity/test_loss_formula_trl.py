@@ -1,6 +1,6 @@
 """grpo_loss has the bits of TRL 1.16's GRPOTrainer._compute_loss: loss, d loss / d logp, d loss / d entropy, and the metrics.
 
-TRL's own method runs on a stand-in for the trainer that hands it recorded log-probabilities and entropies in place of a model's.
+TRL's own method runs on a stand-in for the trainer, which hands it recorded log-probabilities and entropies for a model's.
 tests/parity/test_grpo_loss_trl.py runs the whole trainer; here each combination costs a millisecond, so that all can be tried.
 """
 
@@ -87,8 +87,10 @@ class StubTrainer(SimpleNamespace):
         return GRPOTrainer._compute_loss(self, None, {name: value for name, value in inputs.items() if value is not None})
 
 
-def _fixture(seed: int, *, on_policy: bool = False, per_token: bool = False, masked_row: bool = True) -> tuple[Tensor, Tensor, TrainBatch]:
-    """Random log-probabilities, entropies and a batch whose old, reference and sampler policies all differ from the current one."""
+def _fixture(
+    seed: int, *, on_policy: bool = False, per_token: bool = False, masked_row: bool = True
+) -> tuple[Tensor, Tensor, TrainBatch]:
+    """(logp, entropy, batch); the batch's old, reference and sampler policies all differ from the current one."""
     generator = torch.Generator().manual_seed(seed)
     randn = partial(torch.randn, generator=generator)
     lengths = torch.randint(1, T + 1, (N,), generator=generator)
@@ -182,12 +184,14 @@ def test_bits_equal_trl(loss_type: str, level: str, variant: str) -> None:
     splits = ((1, 1), (3, 3), (2, 4), (4, 2), (3, 7))
     for seed, (accumulation, per_generation) in enumerate(splits):
         _compare(config, accumulation, per_generation, "none", seed)
-    for seed, (ratio, on_policy, per_token) in enumerate(itertools.product(("none", "token", "sequence"), (False, True), (False, True))):
+    for seed, (ratio, on_policy, per_token) in enumerate(
+        itertools.product(("none", "token", "sequence"), (False, True), (False, True))
+    ):
         _compare(config, 3, 4, ratio, seed, on_policy=on_policy, per_token=per_token, masked_row=False)
 
 
 def test_fixture_reaches_every_branch() -> None:
-    """At least 5 % of tokens, and one sequence, beyond each clip bound; otherwise the tests above would hold for a wrong clip."""
+    """At least 5 % of tokens, and one sequence, beyond each clip bound; or the tests above would hold for a wrong clip."""
     beyond = {level: torch.zeros(2) for level in LEVELS}
     count = 0
     for seed in range(5):
