@@ -1,6 +1,6 @@
 """Files that a crash leaves either old or new, never half: write beside, fsync, rename, fsync the folder.
 
-Lowest floor (standard library only): checkpoints, metrics and summaries all write through here.
+Lowest floor: checkpoints, metrics and summaries all write through here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastlora.errors import FastloraError
+
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 """No space left on the device; the user's quota is used up."""
 
 
-class DiskFullError(OSError):
+class DiskFullError(FastloraError, OSError):
     """No space (or no quota) left while writing; what was there before is untouched."""
 
 

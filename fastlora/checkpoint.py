@@ -29,6 +29,7 @@ from torch import Tensor
 from fastlora import __version__
 from fastlora.atomic import DISK_FULL_ERRORS, fsync_path, naming_disk_full, write_durably
 from fastlora.config import RunConfig
+from fastlora.errors import FastloraError
 
 FORMAT = 1
 """Version of the layout above; a checkpoint with another one is refused."""
@@ -40,7 +41,7 @@ CONFIG_WITHOUT_EFFECT = {"name", "output_dir", "log"}
 """Sections that say where things are written, not what is computed; a run may be moved and still resumes."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FastloraError):
     """No checkpoint can be loaded as asked; the message names the file, what is wrong with it, and what to do."""
 
 
@@ -97,6 +98,12 @@ def save_checkpoint(
         raise
     _remove_all_but(root, step, keep)
     return final
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a checkpoint was ever published in this run, damaged or not (a replacement that was interrupted included)."""
+    _restore_replaced(run_dir / FOLDER)
+    return bool(_folders(run_dir / FOLDER))
 
 
 def load_checkpoint(run_dir: Path, *, config_hash: str, step: int | None = None, allow_previous: bool = False) -> Checkpoint:

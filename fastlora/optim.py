@@ -17,10 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from fastlora.config import ConfigError, OptimConfig
+from fastlora.errors import FastloraError
 from fastlora.ops.adamw_step import Segment, adamw_step, clip_coefficient, gradient_norms, total_norm
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FastloraError):
     """Too many consecutive steps had a NaN or infinite loss or gradient; the parameters are those of the last good step."""
 
 

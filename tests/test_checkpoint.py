@@ -23,6 +23,7 @@ from fastlora.atomic import DiskFullError, atomic_write_text
 from fastlora.checkpoint import (
     Checkpoint,
     CheckpointError,
+    has_checkpoint,
     hash_config,
     load_checkpoint,
     restore_rng_state,
@@ -173,6 +174,7 @@ def test_the_one_before_is_used_only_when_asked_and_says_so(tmp_path: Path) -> N
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
+    assert not has_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint; found: none"):
         load_checkpoint(tmp_path, config_hash=CONFIG)
     save(tmp_path, 5)
@@ -240,6 +242,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     folder.rename(folder.with_name(".replaced-step-000005"))
+    assert has_checkpoint(tmp_path)
     assert_is(load_checkpoint(tmp_path, config_hash=CONFIG), 5)
     assert names(tmp_path) == ["step-000005"]
 
