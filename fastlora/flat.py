@@ -22,7 +22,9 @@ class FlatParameters:
 
     data: Tensor
     grad: Tensor
+    """The accumulated gradient; 0 where the mask is False."""
     segments: tuple[Segment, ...]
+    """One per matrix, in the order of PEFT's parameters."""
     mask: Tensor | None = None
     """bool [N], entries that train; None = all."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,31 +17,12 @@ from transformers import get_scheduler
 
 from fastlora.config import ConfigError, OptimConfig
 from fastlora.errors import FastloraError
-from fastlora.ops.adamw_step import Segment, adamw_step, clip_coefficient, gradient_norms, total_norm
+from fastlora.flat import FlatParameters
+from fastlora.ops.adamw_step import adamw_step, clip_coefficient, gradient_norms, total_norm
 
 
 class NonFiniteError(FastloraError):
     """Too many consecutive steps had a NaN or infinite loss or gradient; the parameters are those of the last good step."""
-
-
-class FlatParameters(Protocol):
-    """Every trainable parameter of a run in one buffer."""
-
-    @property
-    def data(self) -> Tensor:
-        """float32 [N]; zeros between segments."""
-
-    @property
-    def grad(self) -> Tensor:
-        """float32 [N], the accumulated gradient; 0 where the mask is False."""
-
-    @property
-    def mask(self) -> Tensor | None:
-        """bool [N], True = trains; None = everything trains."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """One per matrix, in the order of PEFT's parameters."""
 
 
 @dataclass(frozen=True, slots=True)

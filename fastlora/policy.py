@@ -53,12 +53,12 @@ def score_padded(model: PreTrainedModel, batch: TrainBatch, temperature: float) 
     attention_mask = torch.cat([batch.prompt_mask_np, batch.completion_mask_nt], dim=1).long()
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
-    keep = batch.completion_ids_nt.shape[1]
+    first = batch.prompt_ids_np.shape[1] - 1  # the position that predicts the first completion token
     scored = attention_mask[:, 1:].bool()
-    scored[:, :-keep] = False
+    scored[:, :first] = False
     targets = input_ids[:, 1:].masked_fill(~scored, 0)
     logp, entropy = linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]), head.weight, targets.reshape(-1), bias_v=head.bias, temperature=temperature
     )
     logp_nl, entropy_nl = (values.view(scored.shape).masked_fill(~scored, 0) for values in (logp, entropy))
-    return logp_nl[:, -keep:], entropy_nl[:, -keep:]
+    return logp_nl[:, first:], entropy_nl[:, first:]

@@ -7,20 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastlora.flat import FlatParameters
 from fastlora.ops.adamw_step import Segment
 
 ODD_MODULES = ((1, 7, 1), (3, 5, 19), (17, 33, 23), (16, 64, 48), (2, 1, 15))
 """(r, d, n): ranks and widths that are no multiple of a vector, one that is, and matrices smaller than a vector."""
 
 
-@dataclass(frozen=True)
-class HandmadeFlat:
-    """All A first, then all B [r,n], a hole of 16 to 31 elements after each; segments in PEFT's order A, B, A, B, ..."""
+@dataclass
+class HandmadeFlat(FlatParameters):
+    """All A first, then all B [r,n], a hole of 17 elements after each; segments in PEFT's order A, B, A, B, ..."""
 
-    data: Tensor
-    grad: Tensor
-    segments: tuple[Segment, ...]
-    mask: Tensor | None = None
     gaps: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [N], True at elements that belong to no matrix."""
 
@@ -45,7 +42,7 @@ def make_flat(
     offset, segments = 0, {}
     for (i, part), shape in shapes.items():
         segments[i, part] = Segment(f"layers.{i}.lora_{part}", offset, shape, transposed=part == "B")
-        offset += (shape[0] * shape[1] // 16 + 2) * 16
+        offset += shape[0] * shape[1] + 17  # an odd hole: nothing may depend on where a matrix starts
     ordered = tuple(segments[i, part] for i in range(len(modules)) for part in "AB")
     gaps = torch.ones(offset, dtype=torch.bool)
     for s in ordered:

@@ -2,6 +2,9 @@
 
     buffer   A of group 0 | A of group 1 | ... | Bᵀ of group 0 | Bᵀ of group 1 | ...            (float32)
 
+A group's block starts at a multiple of ALIGNMENT; inside it module follows module without a gap, so that the A of a group are one
+matrix [Σ r, d] whatever the ranks and widths.
+
 Gradients and optimizer moments have the same layout, so that the optimizer is one launch, a data-parallel reduction one all-reduce
 and a gradient norm one table. A is [r, d]; B is stored transposed, [r, n], so that its rows stay aligned at any rank.
 """

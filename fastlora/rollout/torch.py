@@ -1,8 +1,9 @@
 """Sampling with the Hugging Face model in this process: a KV cache, any device.
 
 The prompt of a group is computed once and its cache copied to the g completions. Completions that have ended leave the batch, so
-that a step costs what is still running. Every sample has its own random numbers, drawn before the first step: the
-result depends neither on who else is in the batch nor on when somebody leaves it.
+that a step costs what is still running. Every sample has its own random numbers, drawn before the first step from the seed and
+the sample's place in the call: they depend neither on who shares a batch nor on when somebody leaves it. (Logits do, by the
+rounding of differently shaped GEMMs; the same call gives the same bits.)
 """
 
 from __future__ import annotations
