@@ -26,7 +26,6 @@ from fastlora.trainer import StoppedError
 def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig | None]:
     """The command's own flags, and the config (None when a run is resumed: its own applies)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("config", nargs="?", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--resume-previous", action="store_true")

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastlora.errors import FastloraError
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -23,7 +25,7 @@ MAX_RANK = 1024
 """Above this a LoRA of any projection we serve costs more than the projection itself; almost certainly a typing error."""
 
 
-class ConfigError(ValueError):
+class ConfigError(FastloraError):
     """A setting that cannot work; the message names the key, the value and the fix."""
 
 
@@ -317,7 +319,8 @@ class RunConfig(Section):
 
 def _impossibilities(c: RunConfig) -> list[str]:
     """One sentence for each combination of settings that cannot work."""
-    grpo, samples = c.objective == "grpo", c.rollout.num_prompts * c.rollout.num_generations
+    grpo = c.objective == "grpo"
+    samples = c.rollout.num_prompts * (c.rollout.num_generations if grpo else 1)
     weights, sampler = c.reward.weights, c.rollout.sampler
     checks = [
         (
@@ -327,7 +330,7 @@ def _impossibilities(c: RunConfig) -> list[str]:
         ),
         (
             samples % c.steps_per_generation != 0,
-            f"rollout.num_prompts × num_generations = {samples} samples cannot be split into "
+            f"rollout.num_prompts{' × num_generations' if grpo else ''} = {samples} samples cannot be split into "
             f"{c.steps_per_generation} equal micro-batches (trainer.steps_per_generation)",
         ),
         (
@@ -380,8 +383,8 @@ def _read_toml(path: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        return RunConfig.model_validate(tomllib.loads(path.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path))) from None

@@ -14,10 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from fastlora.attention import ATTENTION
 from fastlora.config import ModelConfig
+from fastlora.errors import FastloraError
 from fastlora.packaged_model import PACKAGED_MODELS, packaged_model_folder
 
+ARCHITECTURES = Path(__file__).with_name("architectures")
+"""config.json of the published models that the shipped configs name."""
 
-class ModelError(RuntimeError):
+
+class ModelError(FastloraError):
     """A model that cannot be loaded or served; the message names it and the reason."""
 
 
@@ -84,14 +88,15 @@ def wrap_model(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sour
     )
 
 
-def meta_model(config: ModelConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
-    """The model without weights, for a dry run; only its config.json is read."""
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The model without weights, for a dry run: its architecture as shipped with fastlora, or else its own config.json."""
+    shipped = ARCHITECTURES / f"{config.name.rsplit('/', 1)[-1].lower()}.json"
     with _named(config.name):
-        hf_config = AutoConfig.from_pretrained(resolve_source(config), revision=config.revision)
+        source = str(shipped) if shipped.is_file() else resolve_source(config)
+        hf_config = AutoConfig.from_pretrained(source, revision=None if shipped.is_file() else config.revision)
         refuse_unserved(hf_config, config.name)
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=ATTENTION)
-    return module, hf_config
+            return AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=ATTENTION)
 
 
 @contextmanager
@@ -147,8 +152,3 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def folder_of(source: str) -> Path | None:
-    """The local folder behind a name, if it is one."""
-    return Path(source) if Path(source).is_dir() else None

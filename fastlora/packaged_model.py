@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlora.errors import FastloraError
+
 MANIFEST = "manifest.json"
 CONVERSION = 1
 """Number of the conversion below; raised when it changes, so that folders made by an older one are made again."""
 
 
-class PackagedModelError(RuntimeError):
+class PackagedModelError(FastloraError):
     """The packaged model cannot be had; the message says why and what to install or remove."""
 
 

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from fastlora.analysis.report import write_report
 from fastlora.build import Parts, build, peak_memory_bytes
-from fastlora.checkpoint import Checkpoint, hash_config, load_checkpoint
+from fastlora.checkpoint import Checkpoint, has_checkpoint, hash_config, load_checkpoint
 from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 from fastlora.evaluate import Evaluation, evaluate_greedy, evaluate_pass_at_k
@@ -42,7 +42,7 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
     """Continues a run from its newest checkpoint (or, if asked, the newest intact one); from the start when there is none yet."""
     folder, config = open_run_folder(path)
     checkpoint = None
-    if any((path / "checkpoints").glob("step-*")):
+    if has_checkpoint(path):
         checkpoint = load_checkpoint(path, config_hash=hash_config(config), allow_previous=allow_previous)
         for line in checkpoint.passed_over:
             console.print(f"passed over: {line}", markup=False, soft_wrap=True)

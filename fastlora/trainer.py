@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from fastlora.atomic import DiskFullError
 from fastlora.build import Parts, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
 from fastlora.config import RunConfig
+from fastlora.errors import FastloraError
 from fastlora.evaluate import evaluate_greedy
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
@@ -29,7 +31,7 @@ from fastlora.run_folder import RunFolder
 from fastlora.types import TrainBatch
 
 
-class StoppedError(RuntimeError):
+class StoppedError(FastloraError):
     """The run ended early; the message says why, what is saved and how to go on."""
 
 
@@ -108,8 +110,8 @@ class Trainer:
         self.parts.flat.grad.zero_()
         self.parts.objective.optimizer_stepped()
         self.done.optimizer_step += 1
-        for name, value in (("loss", total), ("grad_norm", result.grad_norm), ("grad_clipped", result.clipped), ("lr", lr)):
-            sums[name].append(float(value))
+        for name, number in (("loss", total), ("grad_norm", result.grad_norm), ("grad_clipped", float(result.clipped)), ("lr", lr)):
+            sums[name].append(number)
         return result
 
     def _finish_step(self, step: int, data: StepData, sums: Mapping[str, list[float]], seconds: dict[str, float]) -> dict[str, float]:
@@ -175,7 +177,7 @@ class Trainer:
         def on_exit(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
             if error is None:
                 return False
-            if not self._torn and self.done.step > 0:
+            if not (self._torn or self.done.step == 0 or isinstance(error, DiskFullError)):
                 self._save(writer)
             if isinstance(error, Interrupted):
                 raise StoppedError(f"stopped after step {self.done.step} of {self.config.trainer.steps}") from None

@@ -14,10 +14,9 @@ A stage reads a record and returns a new one; it never writes into the one it wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -119,8 +118,5 @@ class TrainBatch:
 
     def rows(self, index: slice) -> TrainBatch:
         """The samples of `index`, as views."""
-        values = {
-            name: value[index] if isinstance(value := getattr(self, name), torch.Tensor) else value
-            for name in self.__dataclass_fields__
-        }
-        return TrainBatch(**values)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor[index] for name, tensor in tensors.items()})

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastlora.atomic import atomic_write_bytes, atomic_write_text
+from fastlora.errors import FastloraError
 from fastlora.lora.groups import AttachError
 from fastlora.lora.packed import PackedAdapter
 from fastlora.lora.patterns import ModuleSpec, scale_of
@@ -30,7 +31,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-class AdapterFileError(RuntimeError):
+class AdapterFileError(FastloraError):
     """An adapter folder that cannot be used; the message names the file, the reason and what to do."""
 
 
@@ -105,7 +106,8 @@ def load_adapter(folder: Path) -> AdapterFile:
     """
     config, tensors = _read(folder)
     _refuse_unserved(config, folder)
-    a_rd, b_nr = {}, {}
+    a_rd: dict[str, Tensor] = {}
+    b_nr: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match is None:

@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastlora.errors import FastloraError
 from fastlora.types import Example, Rollout
 
 
-class SamplerError(RuntimeError):
+class SamplerError(FastloraError):
     """A sampler that cannot deliver; the message says what happened and what to do."""
 
 
