@@ -102,13 +102,13 @@ def record(seed: int = 0, num_prompts: int = len(PROMPT_LENGTHS)) -> Recording:
     return Recording(tuple(p for p in prompts for _ in range(NUM_GENERATIONS)), tuple(completions), rewards_n)
 
 
-def as_rollout(recording: Recording) -> Rollout:
-    """The recording as fastlora's samplers deliver it."""
+def as_rollout(recording: Recording, examples: tuple[Example, ...] | None = None, adapter_version: int = 0) -> Rollout:
+    """The recording as fastlora's samplers deliver it; `examples` only give the prompts their names."""
     prompt_ids, prompt_mask = pad_left([torch.tensor(p) for p in recording.prompts], EOS_ID)
     ids, mask = pad_right([torch.tensor(c) for c in recording.completions], EOS_ID, torch.long)
     prompts = recording.prompts[::NUM_GENERATIONS]
     return Rollout(
-        examples=tuple(Example(i, str(i), "") for i in range(len(prompts))),
+        examples=examples or tuple(Example(i, str(i), "") for i in range(len(prompts))),
         num_generations=NUM_GENERATIONS,
         prompt_ids_np=prompt_ids,
         prompt_mask_np=prompt_mask,
@@ -117,7 +117,7 @@ def as_rollout(recording: Recording) -> Rollout:
         sampler_logp_nt=torch.zeros(ids.shape),
         finished_n=torch.tensor([c[-1] == EOS_ID for c in recording.completions]),
         texts=("",) * len(recording.completions),
-        adapter_version=0,
+        adapter_version=adapter_version,
     )
 
 
@@ -218,7 +218,7 @@ def recorded_logp(trainer: GRPOTrainer, inputs: dict[str, Tensor], std: float, s
     return logp_nt
 
 
-POLICY_NOISE = 0.012
+POLICY_NOISE = 0.06
 """Noise of the behaviour and reference adapters: more than 5 % of tokens beyond each clip bound, and not all of them."""
 
 
