@@ -31,6 +31,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fastlora.atomic import atomic_write_bytes, atomic_write_text, naming_disk_full
+from fastlora.errors import FastloraError
 from fastlora.ops.adamw_step import Segment
 
 METRICS_FILE = "metrics.jsonl"
@@ -52,7 +53,7 @@ GRADIENT_PROFILE_SCHEMA = pa.schema(
 )
 
 
-class MetricsError(RuntimeError):
+class MetricsError(FastloraError):
     """A file of the run folder is missing, damaged or already there; the message names it."""
 
 
@@ -66,7 +67,8 @@ class CompletionSample:
     gold: str
     rewards: Mapping[str, float | None]
     """Reward function -> reward; None (or NaN) = it could not score this completion."""
-    advantage: float
+    advantage: float | None
+    """Of the first completion token; None (or NaN) = it had none."""
     num_tokens: int
     finished: bool
     """Ended by itself; False = cut off at the length limit."""

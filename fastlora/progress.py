@@ -156,7 +156,7 @@ def accuracy_table(summary: RunSummary) -> Table:
     table = Table(title=f"Held-out accuracy · {escape(summary.name)}", title_justify="left")
     table.add_column("")
     table.add_column("greedy pass@1", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table.add_column("95% interval", justify="right")
     rows = [
         ("before", f"{summary.accuracy_before:.1%}", _interval(summary.accuracy_before_interval)),
         (f"after {summary.steps} steps", f"{summary.accuracy_after:.1%}", _interval(summary.accuracy_after_interval)),

@@ -1,0 +1,1 @@
+"""Reads runs and writes artefacts and figures; training never imports it."""

@@ -1,0 +1,336 @@
+"""The figures of a run's report, each an SVG string to stand inside a page.
+
+Colours are the page's: matplotlib draws with the placeholder colours of `THEME`, which become CSS variables in the SVG, so one
+figure serves light and dark pages. Text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from fastlora.analysis.gradient_profile import LayerNorms, layer_norms
+from fastlora.analysis.run_reader import Run
+from fastlora.metrics import layer_of
+from fastlora.progress import STAGES
+from fastlora.statistics import proportion_interval
+
+THEME = {
+    "ink": "#01fe01", "muted": "#01fe02", "grid": "#01fe03", "page": "#01fe04",
+    "series-1": "#01fe11", "series-2": "#01fe12", "series-3": "#01fe13", "series-4": "#01fe14",
+}  # fmt: skip
+"""CSS variable -> placeholder colour, one that no colour map produces."""
+
+SERIES = tuple(THEME[f"series-{i}"] for i in (1, 2, 3, 4))
+
+WIDTH = 10.5
+"""Inches; 9-point type then shows at 12–13 pixels in the page's column."""
+
+STYLE = {
+    "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "text.color": THEME["ink"], "axes.labelcolor": THEME["muted"], "axes.edgecolor": THEME["muted"],
+    "xtick.color": THEME["muted"], "ytick.color": THEME["muted"], "axes.titlecolor": THEME["ink"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": THEME["grid"], "grid.linewidth": 0.7, "lines.linewidth": 1.6,
+    "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False, "legend.fontsize": 8.5,
+    "savefig.facecolor": "none", "image.cmap": "viridis",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One small plot of some metrics against the step."""
+
+    title: str
+    unit: str
+    """Label of the vertical axis."""
+    names: tuple[str, ...]
+    """Metrics drawn, those that the run has."""
+    scale: float = 1.0
+    """Factor from the recorded unit to the shown one."""
+
+
+PANELS = (
+    Panel("Loss", "loss", ("loss",)),
+    Panel("Cross-entropy", "nats / token", ("nll",)),
+    Panel("Policy entropy", "nats / token", ("entropy",)),
+    Panel("KL to the base model", "nats / token", ("kl",)),
+    Panel("Clipped", "fraction of tokens", ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")),
+    Panel("Gradient norm before clipping", "L2 norm", ("grad_norm",)),
+    Panel("Optimizer steps clipped", "fraction", ("grad_clipped",)),
+    Panel("Learning rate", "× 10⁻⁴", ("lr",), scale=1e4),
+    Panel("Groups without spread", "fraction", ("reward/frac_zero_std",)),
+    Panel("Completion length", "tokens", ("completion/length_mean",)),
+    Panel("Truncated completions", "fraction", ("completion/truncated",)),
+    Panel("Unscorable or timed out", "completions", ("reward/unscorable", "reward/timeouts")),
+    Panel("Steps skipped so far", "steps", ("skipped_steps",)),
+    Panel("Tokens trained on", "tokens / step", ("tokens",)),
+    Panel("Speed", "tokens / s", ("tokens_per_second",)),
+    Panel("Peak memory", "GiB", ("memory/peak_bytes",), scale=2**-30),
+)
+"""The metrics with a name and a unit of their own; whatever else a run logs gets a panel under its own name."""
+
+SHOWN_ELSEWHERE = ("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems")
+
+
+def _as_svg(draw: Callable[[Run], Figure]) -> Callable[[Run], str]:
+    """Draws in the report's style and turns the figure into an SVG element in the colours of the page."""
+
+    @wraps(draw)
+    def drawn(run: Run) -> str:
+        # Element ids come from this salt: the same in every run, different in every figure of a page.
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
+            text = io.StringIO()
+            draw(run).savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # Names of groups (figure_1, matplotlib.axis_1) repeat in every figure and nothing refers to them.
+        svg = re.sub(r'<g id="[^"]+">', "<g>", text.getvalue())
+        for name, placeholder in THEME.items():
+            svg = svg.replace(placeholder, f"var(--{name})")
+        return svg[svg.index("<svg") :]
+
+    return drawn
+
+
+@_as_svg
+def accuracy_intervals(run: Run) -> Figure:
+    """Before and after as two dots with their intervals."""
+    s = run.summary
+    figure = Figure(figsize=(4.6, 1.5), layout="constrained")
+    ax = figure.subplots()
+    for y, value, interval, color in (
+        (1, s.accuracy_before, s.accuracy_before_interval, THEME["muted"]),
+        (0, s.accuracy_after, s.accuracy_after_interval, SERIES[0]),
+    ):
+        ax.plot(interval, (y, y), color=color, linewidth=5, alpha=0.35, solid_capstyle="round")
+        ax.plot(value, y, "o", color=color, markersize=8)
+    ax.set_yticks((1, 0), ("before", "after"))
+    ax.set(ylim=(-0.6, 1.6), xlabel=f"greedy accuracy, {len(run.eval_after)} problems")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.xaxis.set_major_locator(_ticks(6))
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+@_as_svg
+def learning_curves(run: Run) -> Figure:
+    """Reward with its spread (where there is one) above the held-out accuracy with its intervals."""
+    rewarded = "reward/mean" in run.metrics
+    figure = Figure(figsize=(WIDTH, 5.2 if rewarded else 2.8), layout="constrained")
+    axes = figure.subplots(1 + rewarded, 1, sharex=True, squeeze=False)[:, 0]
+    if rewarded:
+        _draw_reward(axes[0], run.metrics)
+    _draw_accuracy(axes[-1], run)
+    axes[-1].set_xlabel("step (generation batches)")
+    axes[-1].xaxis.set_major_locator(_ticks(10))
+    return figure
+
+
+def _draw_reward(ax: Axes, metrics: Mapping[str, NDArray[np.float64]]) -> None:
+    step, mean, spread = metrics["step"], metrics["reward/mean"], metrics["reward/std"]
+    ax.fill_between(step, mean - spread, mean + spread, color=SERIES[0], alpha=0.15, linewidth=0, label="± 1 standard deviation")
+    ax.plot(step, mean, color=SERIES[0], label="mean")
+    ax.set(title="Reward of the sampled completions", ylabel="reward")
+    _legend_above(ax, 2)
+
+
+def _draw_accuracy(ax: Axes, run: Run) -> None:
+    s, step = run.summary, run.metrics["step"]
+    during = np.flatnonzero(np.isfinite(run.metrics.get("eval/accuracy", np.full(len(step), np.nan))))
+    points = []
+    for row in during:
+        n = int(run.metrics["eval/num_problems"][row])
+        points.append((step[row], proportion_interval(round(run.metrics["eval/accuracy"][row] * n), n)))
+    ends = [
+        (0, s.accuracy_before, s.accuracy_before_interval),
+        (s.steps, s.accuracy_after, s.accuracy_after_interval),
+    ]
+    if points:
+        _error_bars(ax, [(x, p.value, (p.low, p.high)) for x, p in points], SERIES[1], f"during, first {points[0][1].n} problems", 5)
+    _error_bars(ax, ends, SERIES[0], f"before and after, all {len(run.eval_after)} problems", 7)
+    ax.set(title="Held-out greedy accuracy", ylabel="accuracy")
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend_above(ax, 2)
+
+
+def _error_bars(ax: Axes, points: Sequence[tuple[float, float, tuple[float, float]]], color: str, label: str, size: float) -> None:
+    """Points (x, value, (low, high)) with their intervals."""
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    reach = [[value - low for _, value, (low, _) in points], [high - value for _, value, (_, high) in points]]
+    ax.errorbar(x, y, reach, fmt="o", color=color, markersize=size, elinewidth=1.4, capsize=3, label=label)
+
+
+@_as_svg
+def metric_panels(run: Run) -> Figure:
+    """Small multiples of every metric that changes during the run."""
+    panels = panels_of(run)
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 1.75 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    for ax, panel in zip(axes, panels, strict=False):
+        for name, color in zip(panel.names, SERIES, strict=False):
+            label = name.rpartition("/")[2].removesuffix("_mean")
+            ax.plot(run.metrics["step"], run.metrics[name] * panel.scale, color=color, linewidth=1.3, label=label)
+        ax.set(title=panel.title, ylabel=panel.unit)
+        ax.yaxis.set_major_locator(_ticks(4))
+        ax.xaxis.set_major_locator(_ticks(5))
+        if len(panel.names) > 1:
+            _legend_above(ax, len(panel.names))
+    for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+        ax.set_xlabel("step")
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def constant_metrics(run: Run) -> dict[str, float]:
+    """The metrics that `metric_panels` leaves out because they never change, with their value; NaN = never measured."""
+    constant = {}
+    for name in _panel_metrics(run):
+        values = run.metrics[name][np.isfinite(run.metrics[name])]
+        if len(values) == 0 or np.all(values == values[0]):
+            constant[name] = float(values[0]) if len(values) else float("nan")
+    return constant
+
+
+def _panel_metrics(run: Run) -> list[str]:
+    return [name for name in run.metrics if name not in SHOWN_ELSEWHERE and not name.startswith("seconds/")]
+
+
+def panels_of(run: Run) -> list[Panel]:
+    """The run's panels: the named ones, the rewards by function, the rest under their own names; none after a single step."""
+    constant = constant_metrics(run)
+    left = [name for name in _panel_metrics(run) if name not in constant]
+    panels = []
+    for panel in PANELS:
+        names = tuple(name for name in panel.names if name in left)
+        if names:
+            panels.append(replace(panel, names=names))
+            left = [name for name in left if name not in names]
+    functions = tuple(name for name in left if name.startswith("reward/"))
+    if len(functions) > 1:  # a single function is the reward itself, drawn above
+        panels.append(Panel("Reward by function", "mean reward", functions))
+    return panels + [Panel(name, "", (name,)) for name in left if name not in functions]
+
+
+@_as_svg
+def rank_matrix(run: Run) -> Figure:
+    """Projection × layer, each cell with its rank, the darker the larger."""
+    cells = {}
+    for module, rank in run.summary.rank_pattern.items():
+        cells[module.rpartition(".")[2], layer_of(module)] = rank
+    projections = list(dict.fromkeys(projection for projection, _ in cells))
+    layers = sorted({layer for _, layer in cells})
+    largest = max(cells.values())
+    figure = Figure(figsize=(max(WIDTH, 0.3 * len(layers) + 1), 0.32 * len(projections) + 0.9), layout="constrained")
+    ax = figure.subplots()
+    for (projection, layer), rank in cells.items():
+        x, y = layers.index(layer), projections.index(projection)
+        shade = 0.06 + 0.74 * rank / largest if rank else 0.0
+        ax.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=SERIES[0], alpha=shade, linewidth=0))
+        ax.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=THEME["ink" if rank else "muted"])
+    ax.set(xlim=(-0.5, len(layers) - 0.5), ylim=(len(projections) - 0.5, -0.5), xlabel="layer")
+    ax.set_xticks(range(len(layers)), map(str, layers))
+    ax.set_yticks(range(len(projections)), projections)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+@_as_svg
+def gradient_heat_maps(run: Run) -> Figure:
+    """Layer × step: dA and dB, raw and divided by √r; one logarithmic colour scale per column."""
+    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for column, (normalised, symbol) in enumerate(((False, "‖g‖"), (True, "‖g‖ / √r"))):
+        maps = {matrix: layer_norms(run.gradient_profile, matrix, normalised) for matrix in "AB"}
+        positive = np.concatenate([norms.norms_ls[norms.norms_ls > 0] for norms in maps.values()])
+        colors = LogNorm(positive.min(), positive.max())
+        for ax, (matrix, norms) in zip(axes[:, column], maps.items(), strict=True):
+            image = _draw_heat_map(ax, norms, colors)
+            ax.set_title(f"d{matrix}, {symbol}")
+        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", shrink=0.9, aspect=45, pad=0.02)
+        bar.set_label(f"{symbol} of a layer's gradient, log scale")
+        for mesh in bar.ax.collections:
+            mesh.set_rasterized(True)  # one image instead of 256 paths
+        bar.outline.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    return figure
+
+
+def _draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.image.AxesImage:
+    """Steps to the right, layer 0 at the bottom; a zero or missing gradient is left blank."""
+    values = np.ma.masked_invalid(np.where(norms.norms_ls > 0, norms.norms_ls, np.nan))
+    step, layer = norms.steps, norms.layers
+    ax.grid(visible=False)
+    ax.xaxis.set_major_locator(_ticks(8))
+    ax.yaxis.set_major_locator(_ticks(8))
+    extent = (step[0] - 0.5, step[-1] + 0.5, layer[0] - 0.5, layer[-1] + 0.5)
+    return ax.imshow(values, norm=colors, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
+
+
+@_as_svg
+def gradient_shares(run: Run) -> Figure:
+    """Each layer's share of the summed gradient norm, raw beside rank-normalised."""
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for offset, normalised, color, label in (
+        (-0.2, False, SERIES[0], "raw, ‖g‖"),
+        (0.2, True, SERIES[1], "rank-normalised, ‖g‖ / √r"),
+    ):
+        norms = layer_norms(run.gradient_profile, rank_normalised=normalised)
+        ax.bar(norms.layers + offset, norms.share_l, width=0.38, color=color, label=label)
+    ax.axhline(1 / len(norms.layers), color=THEME["muted"], linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
+    ax.set(title="Share per layer, mean over steps", xlabel="layer", ylabel="share of Σ norm")
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_locator(_ticks(30))
+    ax.margins(x=0.01)
+    ax.grid(axis="x", visible=False)
+    _legend_above(ax, 3)
+    return figure
+
+
+@_as_svg
+def time_split(run: Run) -> Figure:
+    """Seconds of every step, stacked by stage."""
+    step = run.metrics["step"]
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    ax = figure.subplots()
+    base = np.zeros(len(step))
+    edges = np.append(step - 0.5, step[-1] + 0.5)
+    for stage, color in zip((*STAGES, "other"), (*SERIES[:3], THEME["muted"]), strict=True):
+        top = base + np.nan_to_num(run.metrics[f"seconds/{stage}"])
+        ax.stairs(top, edges, baseline=base, fill=True, color=color, alpha=0.85, linewidth=0, label=stage)
+        base = top
+    ax.set(title="Wall-clock time per step", xlabel="step", ylabel="seconds", xlim=(edges[0], edges[-1]), ylim=(0, None))
+    ax.xaxis.set_major_locator(_ticks(10))
+    ax.grid(axis="x", visible=False)
+    _legend_above(ax, 4)
+    return figure
+
+
+def _legend_above(ax: Axes, columns: int) -> None:
+    """A legend in one line, right of the title."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.1, handlelength=1.2, columnspacing=1.0)
+
+
+def _ticks(most: int) -> MaxNLocator:
+    """At most `most` intervals, at round numbers."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
