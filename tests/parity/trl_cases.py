@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_args
@@ -174,9 +173,19 @@ def make_trainer(args: dict[str, Any], recording: Callable[[], Recording], num_p
     return trainer
 
 
-def make_rig(temperature: float = 1.0, **args: Any) -> Rig:
+def record_unpadded() -> Recording:
+    """Prompts of one length and completions of full length, some of which end there: no padding, hence no attention mask."""
+    generator = torch.Generator().manual_seed(3)
+    tokens_np = torch.randint(3, VOCAB_SIZE, (len(PROMPT_LENGTHS), 6), generator=generator).repeat_interleave(NUM_GENERATIONS, 0)
+    tokens_nt = torch.randint(3, VOCAB_SIZE, (SAMPLES, MAX_LENGTH), generator=generator)
+    tokens_nt[::3, -1] = EOS_ID
+    rewards_n = torch.randn(SAMPLES, generator=generator)
+    return Recording(tuple(map(tuple, tokens_np.tolist())), tuple(map(tuple, tokens_nt.tolist())), rewards_n)
+
+
+def make_rig(temperature: float = 1.0, recording: Recording | None = None, **args: Any) -> Rig:
     """A trainer and its twin, with the same random A and B."""
-    recording = record()
+    recording = recording or record()
     trainer = make_trainer({"temperature": temperature, **args}, lambda: recording)
     twins = make_twins(make_tiny_model(), lora())
     copy_to_peft(twins.adapter, trainer.model)
@@ -297,6 +306,13 @@ def _option_case(option: str, temperature: float = 1.0) -> Delta:
     return worst(loss_delta(shared_rig(temperature), config, AdvantageConfig(), 2) for config in configs)
 
 
+def _unpadded_case() -> Delta:
+    """TRL masks truncated completions out of the attention too, which here changes the kernel that it runs; we do not."""
+    rig = make_rig(recording=record_unpadded())
+    configs = [loss_config("dapo", beta=0.05, mask_truncated_completions=masked) for masked in (False, True)]
+    return worst(loss_delta(rig, config, AdvantageConfig(), split) for config in configs for split in (1, 2, SAMPLES))
+
+
 def cases() -> Iterator[tuple[str, Callable[[], Delta]]]:
     """(name, comparison)."""
     for loss_type, beta, level in itertools.product(LOSS_TYPES, BETAS, LEVELS):
@@ -307,3 +323,4 @@ def cases() -> Iterator[tuple[str, Callable[[], Delta]]]:
     for option in OPTIONS:
         yield f"all loss types, {option}", lambda option=option: _option_case(option)
     yield "all loss types, temperature 0.7", lambda: _option_case("temperature", 0.7)
+    yield "dapo, β = 0.05, no padding, truncated completions masked or not, 1, 2 and 12 micro-batches", _unpadded_case
