@@ -50,8 +50,8 @@ def build(config: RunConfig, console: Console) -> Parts:
     """
     rates = learning_rates(config.optim, config.optimizer_steps)
     model = load_base_model(config.model)
-    train_examples = _examples(config, model, "train")
-    eval_examples = _examples(config, model, "eval")
+    train_examples = _training_examples(config, model)
+    eval_examples = held_out_examples(config, model)
     rewards = load_rewards(config.reward)
     rewards.check([*train_examples, *eval_examples])
     adapter, flat = trainable(config, model, console)
@@ -67,16 +67,28 @@ def build(config: RunConfig, console: Console) -> Parts:
     return Parts(model, adapter, flat, AdamW(flat, config.optim), rates, objective, sampler, rewards, eval_examples)
 
 
-def _examples(config: RunConfig, model: BaseModel, split: str) -> tuple[Example, ...]:
-    supervised = config.objective == "sft" and split == "train"
+def _training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
     return load_examples(
         config.data,
-        split,  # type: ignore[arg-type]
-        size=config.data.train_size if split == "train" else config.eval.num_problems,
+        "train",
+        size=config.data.train_size,
         seed=config.seed,
         tokenizer=model.tokenizer,
         context_length=model.context_length,
-        max_completion_length=None if supervised else config.rollout.max_completion_length,
+        max_completion_length=None if config.objective == "sft" else config.rollout.max_completion_length,
+    )
+
+
+def held_out_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
+    """The fixed problems of the evaluation: the first `eval.num_problems` of the held-out split, whatever the seed."""
+    return load_examples(
+        config.data,
+        "eval",
+        size=config.eval.num_problems,
+        seed=config.seed,
+        tokenizer=model.tokenizer,
+        context_length=model.context_length,
+        max_completion_length=config.rollout.max_completion_length,
     )
 
 

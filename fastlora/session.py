@@ -106,14 +106,9 @@ def _evaluation(config: RunConfig, parts: Parts, folder: RunFolder, when: str, v
             parts.sampler, grade, parts.eval_examples, config.eval, config.rollout, adapter_version=version
         )
     result.write(path)
-    accuracy = result.accuracy
-    console.print(
-        f"accuracy {when} training: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], {accuracy.successes} of {accuracy.n}",
-        markup=False,
-        highlight=False,
-    )
+    console.print(f"accuracy {when} training: {result.accuracy}", markup=False, highlight=False)
     for estimate in estimates:
-        console.print(f"pass@{estimate.k} {when}: {estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]", markup=False, highlight=False)
+        console.print(f"pass@{estimate.k} {when} training: {estimate}", markup=False, highlight=False)
     return result
 
 

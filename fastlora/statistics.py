@@ -35,6 +35,9 @@ class Proportion:
     n: int
     confidence: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], {self.successes} of {self.n}"
+
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
@@ -67,6 +70,9 @@ class PassAtK:
     num_samples: int
     """Samples per problem behind the estimate."""
     confidence: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], {self.num_problems} problems × {self.num_samples} samples"
 
 
 def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Proportion:
