@@ -73,6 +73,14 @@ def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales):  # type: ig
     return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
 
 
+def _add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """target += alpha · left @ right: one GEMM, or in the adapter's dtype and rounded once where that is wider than target's."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=alpha)
+    else:
+        target.add_(left @ right, alpha=alpha)
+
+
 @lora_linear_op.register_kernel("cpu")
 @lora_linear_op.register_kernel("cuda")
 def _lora_linear_grouped(
@@ -94,7 +102,7 @@ def _lora_linear_grouped(
     ):
         y_tn = F.linear(x_td, weight, bias)
         if rank:
-            y_tn.addmm_(h_m.to(y_tn.dtype), b_rn.to(y_tn.dtype), alpha=scale)
+            _add_product(y_tn, h_m, b_rn, scale)
         outputs.append(y_tn.view(*x.shape[:-1], weight.shape[0]))
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
@@ -119,7 +127,8 @@ def lora_linear_backward_op(
     the nodes of PEFT's graph (latest created first). A different order changes the last bit of every gradient below.
     """
     count("lora_linear_backward", "reference")
-    x_td, h_tr = x.reshape(-1, x.shape[-1]).to(a_rd.dtype), h.reshape(-1, h.shape[-1])
+    x_td = x.reshape(-1, x.shape[-1]).to(a_rd.dtype)
+    h_tr = h.reshape(len(x_td), a_rd.shape[0])
     da_rd = torch.zeros_like(a_rd) if need_da else a_rd.new_empty(0)
     db_flat = torch.zeros_like(b_flat)
     outs = _outs(weights_nd)
@@ -180,7 +189,8 @@ def _lora_linear_backward_grouped(
     need_da: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     count("lora_linear_backward", "grouped")
-    x_td, h_tr = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
+    x_td = x.reshape(-1, x.shape[-1])
+    h_tr = h.reshape(len(x_td), a_rd.shape[0])
     dh_tr, db_flat = torch.empty_like(h_tr), torch.empty_like(b_flat)
     outs = _outs(weights_nd)
     dx_td: Tensor | None = None
@@ -201,7 +211,7 @@ def _lora_linear_backward_grouped(
         if need_dx:
             dx_td = dy_tn.mm(weight) if dx_td is None else dx_td.addmm_(dy_tn, weight)
     if dx_td is not None:
-        dx_td.addmm_(dh_tr.to(x.dtype), a_rd.to(x.dtype))
+        _add_product(dx_td, dh_tr, a_rd)
     if b_mask is not None:
         db_flat.mul_(b_mask)
     da_rd = dh_tr.t().mm(x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
@@ -212,8 +222,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales = inputs
     ctx.save_for_backward(x, output[-1], a_rd, b_flat, b_mask, *weights_nd)
     ctx.ranks, ctx.scales = ranks, scales
-    # torch.library wants the gradient of a list to have the list's structure, and sees a list of Nones as one leaf.
-    ctx.bias_grads = None if all(bias is None for bias in biases_n) else [None] * len(biases_n)
+    # torch.library wants the gradients of a list of tensors as a list, and sees a list with a None in it as one argument.
+    ctx.bias_grads = None if any(bias is None for bias in biases_n) else [None] * len(biases_n)
     ctx.set_materialize_grads(False)
 
 
@@ -289,15 +299,35 @@ def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[An
         outs = [40, 16, 33][: len(ranks)]
         size = sum(n * r for n, r in zip(outs, ranks, strict=True))
         yield (
-            randn(*lead, d),
+            randn(*lead, d).requires_grad_(),
             [randn(n, d) for n in outs],
             [randn(n) if with_bias else None for n in outs],
-            randn(sum(ranks), d),
-            randn(size),
+            randn(sum(ranks), d).requires_grad_(),
+            randn(size).requires_grad_(),
             (torch.rand(size, generator=generator) < 0.5).to(device) if with_mask else None,
             list(ranks),
             [0.5 + m for m in range(len(ranks))],
         )
 
 
+def backward_cost(dys: Any, x: Tensor, h: Tensor, weights_nd: Sequence[Tensor], a_rd: Tensor, b_flat: Tensor, *options: Any) -> Cost:
+    """Backward pass with all outputs: base GEMMs of dX, two adapter GEMMs each for dA, dB and the branch of dX; every tensor once."""
+    _, ranks, _, need_dx, need_da = options
+    t, d, outs = x.numel() // x.shape[-1], x.shape[-1], _outs(weights_nd)
+    expand, shrink = sum(n * r for n, r in zip(outs, ranks, strict=True)), d * sum(ranks)
+    flops = 2 * t * (2 * expand + (shrink if need_da else 0) + (d * sum(outs) + shrink if need_dx else 0))
+    elements = t * (d + sum(outs)) + (d * sum(outs) + t * d if need_dx else 0)
+    adapter = h.numel() + a_rd.numel() * (2 if need_da else 1) + 2 * b_flat.numel()
+    return Cost(flops, elements * x.element_size() + adapter * a_rd.element_size())
+
+
+def backward_sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """The forward samples with a gradient for every output; with dX, with dA, with both and with neither."""
+    for index, (x, weights_nd, _, a_rd, b_flat, b_mask, ranks, scales) in enumerate(sample_inputs(dtype, device)):
+        x, a_rd, b_flat = x.detach(), a_rd.detach(), b_flat.detach()
+        dys = [F.linear(x, w).cos() for w in weights_nd]
+        yield dys, x, F.linear(x, a_rd), weights_nd, a_rd, b_flat, b_mask, ranks, scales, index != 1, index % 2 == 0
+
+
 SPEC = OpSpec("lora_linear", lora_linear_op, sample_inputs, cost)
+BACKWARD_SPEC = OpSpec("lora_linear_backward", lora_linear_backward_op, backward_sample_inputs, backward_cost)

@@ -43,8 +43,8 @@ def read_rollout(path: Path) -> Rollout:
         with safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["rollout"])
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise SamplerError(f"{path} is damaged: {error}") from None
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:  # TypeError: a file without metadata
+        raise SamplerError(f"{path} is damaged, or no recorded rollout: {error}") from None
     return Rollout(
         examples=tuple(Example(**example) for example in record["examples"]),
         num_generations=record["num_generations"],

@@ -8,11 +8,12 @@ rounding of differently shaped GEMMs; the same call gives the same bits.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastlora.model import BaseModel
@@ -58,9 +59,10 @@ class TorchSampler:
         uniforms = torch.rand(len(prompts) * params.num_generations, params.max_completion_length, generator=generator, dtype=torch.float64)
         per_batch = max(1, self._batch_size // params.num_generations)
         completions: list[tuple[Tensor, Tensor, bool]] = []
-        for first in range(0, len(prompts), per_batch):
-            block = slice(first * params.num_generations, (first + per_batch) * params.num_generations)
-            completions += self._decode(prompts[first : first + per_batch], params, uniforms[block])
+        with _eval_mode(self._model.module):
+            for first in range(0, len(prompts), per_batch):
+                block = slice(first * params.num_generations, (first + per_batch) * params.num_generations)
+                completions += self._decode(prompts[first : first + per_batch], params, uniforms[block])
         return self._rollout(examples, prompts, completions, params, adapter_version)
 
     def _decode(self, prompts: Sequence[Tensor], params: SamplingParams, uniforms_nt: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
@@ -155,6 +157,17 @@ class TorchSampler:
             texts=tuple(texts),
             adapter_version=adapter_version,
         )
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Sampling under gradient checkpointing: in train mode transformers drops the KV cache, and each token would see itself alone."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def choose(logits_nv: Tensor, params: SamplingParams, uniforms_n: Tensor) -> tuple[Tensor, Tensor]:

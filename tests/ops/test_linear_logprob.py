@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops.linear_logprob import BACKWARD_SPEC, SPEC, linear_logprob, linear_logprob_backward_op, linear_logprob_op
-from fastlora.ops.registry import implementation_counts
+from fastlora.ops.linear_logprob import linear_logprob, linear_logprob_backward_op, linear_logprob_op
 from tests.tolerances import FP32_LOGPROB, FP64_EXACT
 
-CPU = torch.device("cpu")
 
-
-def _problem(
-    t: int, d: int, v: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _problem(t: int, d: int, v: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden_td, weight_vd, bias_v = (
         torch.randn(t, d, dtype=dtype),
         scale * torch.randn(v, d, dtype=dtype),
@@ -28,9 +23,7 @@ def _problem(
     return hidden_td.requires_grad_(), weight_vd, bias_v, torch.randint(v, (t,))
 
 
-def _oracle(
-    hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _oracle(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(logp_t, entropy_t) from the full logits, in float64."""
     bias = 0.0 if bias_v is None else bias_v.double()
     log_p_tv = torch.log_softmax((hidden_td.double() @ weight_vd.double().t() + bias) / temperature, dim=-1)
@@ -55,10 +48,7 @@ def test_matches_log_softmax(t: int, v: int, chunks: tuple[int, int]) -> None:
             hidden_td, weight_vd, targets_t, bias_v=bias, temperature=temperature, token_chunk=chunks[0], vocab_chunk=chunks[1]
         )
         weights = torch.randn(2, t, dtype=torch.float64)
-        dh = [
-            torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0]
-            for logp, entropy in (got, expected)
-        ]
+        dh = [torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0] for logp, entropy in (got, expected)]
         for ours, theirs in (*zip(got, expected, strict=True), dh):
             assert ours.shape == theirs.shape and ours.dtype == torch.float64
             assert _error(ours, theirs) < FP64_EXACT
@@ -78,12 +68,14 @@ def test_gradcheck(used: str, with_bias: bool) -> None:
     assert torch.autograd.gradcheck(function, hidden_td)
 
 
-@pytest.mark.parametrize("spec", [SPEC, BACKWARD_SPEC], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(spec: Any, dtype: torch.dtype) -> None:
-    for arguments in spec.sample_inputs(dtype, CPU):
-        torch.library.opcheck(spec.op, arguments)
-        assert spec.cost(*arguments).flops >= 0 and spec.cost(*arguments).bytes > 0
+def test_gradcheck_trained_head() -> None:
+    """Full fine-tuning: h, W and b all train."""
+    hidden_td, weight_vd, bias_v, targets_t = _problem(5, 3, 11)
+
+    def function(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprob(hidden_td, weight_vd, targets_t, bias_v=bias_v, temperature=0.8, token_chunk=2, vocab_chunk=4)
+
+    assert torch.autograd.gradcheck(function, (hidden_td, weight_vd.requires_grad_(), bias_v.requires_grad_()))
 
 
 def test_without_entropy_the_rest_is_the_same() -> None:
@@ -135,21 +127,21 @@ def test_never_holds_the_logits() -> None:
     hidden_td, weight_vd, _, targets_t = _problem(t, d, v)
     hidden_td = hidden_td.detach()
     with Watch():  # the implementations themselves: from outside, an op is opaque to the watch
-        logp_t, entropy_t, log_z_t = linear_logprob_op._init_fn(
-            hidden_td, weight_vd, None, targets_t, 1.0, True, token_chunk, vocab_chunk
-        )
+        logp_t, entropy_t, log_z_t = linear_logprob_op._init_fn(hidden_td, weight_vd, None, targets_t, 1.0, True, token_chunk, vocab_chunk)
         linear_logprob_backward_op._init_fn(
-            logp_t, entropy_t, hidden_td, weight_vd, None, targets_t, log_z_t, entropy_t, 1.0, token_chunk, vocab_chunk
+            logp_t, entropy_t, hidden_td, weight_vd, None, targets_t, log_z_t, entropy_t, 1.0, token_chunk, vocab_chunk, False, False
         )
     assert max(sizes) == token_chunk * vocab_chunk
 
 
-def test_head_gets_no_gradient_and_reference_is_counted() -> None:
-    before = implementation_counts["linear_logprob", "reference"], implementation_counts["linear_logprob_backward", "reference"]
-    hidden_td, weight_vd, _, targets_t = _problem(3, 4, 11)
-    linear_logprob(hidden_td, weight_vd, targets_t)[0].sum().backward()
-    after = implementation_counts["linear_logprob", "reference"], implementation_counts["linear_logprob_backward", "reference"]
-    assert weight_vd.grad is None and (after[0] - before[0], after[1] - before[1]) == (1, 1)
+def test_frozen_head_costs_no_weight_gradient() -> None:
+    hidden_td, weight_vd, bias_v, targets_t = _problem(3, 4, 11)
+    logp_t, entropy_t, log_z_t = linear_logprob_op(hidden_td, weight_vd, bias_v, targets_t, 1.0, True, 2, 5)
+    saved = (hidden_td.detach(), weight_vd, bias_v, targets_t, log_z_t, entropy_t)
+    sizes = [x.numel() for x in linear_logprob_backward_op(logp_t.detach(), None, *saved, 1.0, 2, 5, False, False)]
+    assert sizes == [12, 0, 0]
+    logp_t.sum().backward()
+    assert weight_vd.grad is None and bias_v.grad is None
 
 
 @pytest.mark.parametrize(
@@ -164,8 +156,6 @@ def test_head_gets_no_gradient_and_reference_is_counted() -> None:
         ({"weight_vd": torch.zeros(11, 5)}, "shapes"),
         ({"bias_v": torch.zeros(10)}, "shapes"),
         ({"weight_vd": torch.zeros(11, 4, dtype=torch.bfloat16)}, "weight_vd is torch.bfloat16"),
-        ({"weight_vd": torch.zeros(11, 4, requires_grad=True)}, "weight_vd requires a gradient"),
-        ({"bias_v": torch.zeros(11, requires_grad=True)}, "bias_v requires a gradient"),
         ({"vocab_chunk": 0}, "vocab_chunk 0"),
     ],
     ids=str,
