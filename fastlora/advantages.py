@@ -80,7 +80,7 @@ def deposit_advantages(deposits: Deposits, completion_mask_nt: Tensor, num_gener
 
     The mean and standard deviation are over all deposits of a prompt's completions (scale_rewards = "batch": the standard
     deviation over all of the batch). A group with a single deposit, or with equal ones, has advantage 0.
-    completion_mask_nt: bool [n, t], the tokens that exist.
+    completion_mask_nt: bool [n, t], the tokens that exist, right-padded.
 
     Raises ValueError when n is no multiple of num_generations, or a deposit lies at padding or is not finite (a completion that
     could not be scored must hold none).
@@ -95,7 +95,7 @@ def deposit_advantages(deposits: Deposits, completion_mask_nt: Tensor, num_gener
     )
     normalized_nt = normalized_pm.view(n, t)
     if not deposits.dense:
-        normalized_nt = normalized_nt.flip(1).cumsum(dim=1).flip(1).masked_fill(~completion_mask_nt, 0.0)
+        normalized_nt = normalized_nt.flip(1).cumsum(dim=1).flip(1)  # 0 at padding, which lies right of every deposit
     return normalized_nt.float()
 
 

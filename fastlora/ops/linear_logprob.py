@@ -4,18 +4,21 @@
     logp_t    = z_t[target_t] − log_z_t
     entropy_t = −Σ_v p_tv log p_tv = log_z_t − Σ_v p_tv z_tv                                   (nats)
 
-Backward, which recomputes z from h and W and needs log_z and entropy only (the head is frozen: no dW [v, d], no db):
+Backward, which keeps log_z and entropy only and recomputes z from h and W:
 
     d logp_t / dz_tv = 1[v = target_t] − p_tv        d entropy_t / dz_tv = −p_tv (log p_tv + entropy_t)
-    dh_td = dz_tv W_vd / temperature
+    dh_td = dz_tv W_vd / temperature        dW_vd = dz_tvᵀ h_td / temperature        db_v = Σ_t dz_tv / temperature
+
+The head of a LoRA run is frozen, and then dW [v, d] and db are never computed; full fine-tuning needs them.
 
 The vocabulary is walked in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein 2018, "Online
 normalizer calculation for softmax", algorithm 3). Memory beside inputs and outputs: one tile of logits, [token_chunk,
-vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward.
+vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward (6 with
+dW).
 
-Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dh is accumulated in the same and
-rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py):
-with the same chunk sizes logp, entropy and dh have its bits.
+Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dh, dW and db are accumulated in the same
+and rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py):
+with the same chunk sizes logp, entropy and the gradients have its bits.
 """
 
 from __future__ import annotations
@@ -115,11 +118,18 @@ def linear_logprob_backward_op(
     temperature: float,
     token_chunk: int,
     vocab_chunk: int,
-) -> Tensor:
-    """dh_td in the dtype of h; a gradient that is None contributes nothing and costs nothing (reference implementation)."""
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh_td, dw_vd, db_v) in the dtype of h, empty [0] where not needed (reference implementation).
+
+    An incoming gradient that is None contributes nothing and costs nothing.
+    """
     count("linear_logprob_backward", "reference")
     dtype = _accumulation_dtype(hidden_td)
     dh_td = hidden_td.new_zeros(hidden_td.shape, dtype=dtype)
+    dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
+    db_v = hidden_td.new_zeros(weight_vd.shape[0] if need_db else 0, dtype=dtype)
     for tokens, vocab, tile_tv in _logit_tiles(hidden_td, weight_vd, bias_v, token_chunk, vocab_chunk):
         log_p_tv = tile_tv.to(dtype).mul_(1 / temperature).sub_(log_z_t[tokens].unsqueeze(-1))
         p_tv = log_p_tv.exp()
@@ -134,12 +144,18 @@ def linear_logprob_backward_op(
         # Rounded to the dtype of h, as the tensor cores of a GPU will want both factors.
         dz_tv = dz_tv.mul_(1 / temperature).to(hidden_td.dtype)
         dh_td[tokens].addmm_(dz_tv.to(dtype), weight_vd[vocab].to(dtype))
-    return dh_td.to(hidden_td.dtype)
+        if need_dw:
+            dw_vd[vocab].addmm_(dz_tv.t().to(dtype), hidden_td[tokens].to(dtype))
+        if need_db:
+            db_v[vocab] += dz_tv.sum(dim=0, dtype=dtype)
+    return dh_td.to(hidden_td.dtype), dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
 
 
 @linear_logprob_backward_op.register_fake
-def _(grad_logp_t, grad_entropy_t, hidden_td, *rest):  # type: ignore[no-untyped-def]
-    return hidden_td.new_empty(hidden_td.shape)
+def _(grad_logp_t, grad_entropy_t, hidden_td, weight_vd, *rest):  # type: ignore[no-untyped-def]
+    need_dw, need_db = rest[-2:]
+    shapes = (hidden_td.shape, weight_vd.shape if need_dw else 0, weight_vd.shape[0] if need_db else 0)
+    return tuple(hidden_td.new_empty(shape) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -154,10 +170,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if not ctx.with_entropy:
         grad_entropy_t = None  # of the empty output: torch.compile passes it as zeros [0]
-    dh_td = linear_logprob_backward_op(
-        grad_logp_t, grad_entropy_t, *ctx.saved_tensors, ctx.temperature, ctx.token_chunk, ctx.vocab_chunk
-    )
-    return dh_td, None, None, None, None, None, None, None
+    _, need_dw, need_db, *_ = ctx.needs_input_grad
+    options = (ctx.temperature, ctx.token_chunk, ctx.vocab_chunk, need_dw, need_db)
+    dh_td, dw_vd, db_v = linear_logprob_backward_op(grad_logp_t, grad_entropy_t, *ctx.saved_tensors, *options)
+    return dh_td, dw_vd if need_dw else None, db_v if need_db else None, None, None, None, None, None
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
@@ -174,21 +190,18 @@ def linear_logprob(
     token_chunk: int = 4096,
     vocab_chunk: int = 32768,
 ) -> tuple[Tensor, Tensor]:
-    """(logp_t, entropy_t), float32 [t] (float64 for float64 inputs), in nats, of a frozen language-model head.
+    """(logp_t, entropy_t), float32 [t] (float64 for float64 inputs), in nats, of a language-model head.
 
-    hidden_td: [t, d], the only differentiable input. weight_vd: [v, d], bias_v: [v] or None, both in the dtype of hidden_td.
+    hidden_td: [t, d]. weight_vd: [v, d], bias_v: [v] or None, both in the dtype of hidden_td. All three are differentiable.
     targets_t: int64 [t], in [0, v). temperature: divides the logits. with_entropy = False saves a pass over each tile and
     returns an empty entropy_t [0]. token_chunk, vocab_chunk: shape of the tile of logits; they do not change the result
     beyond rounding.
 
-    Raises ValueError when shapes or dtypes disagree, temperature is not a positive number, a chunk is empty, the head asks
-    for a gradient, or a target is out of range. Targets on a GPU are not looked at, which would stall it: there an
-    out-of-range target makes its logp NaN.
+    Raises ValueError when shapes or dtypes disagree, temperature is not a positive number, a chunk is empty, or a target is out
+    of range. Targets on a GPU are not looked at, which would stall it: there an out-of-range target makes its logp NaN.
     """
     _check(hidden_td, weight_vd, targets_t, bias_v, temperature, token_chunk, vocab_chunk)
-    logp_t, entropy_t, _ = linear_logprob_op(
-        hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk
-    )
+    logp_t, entropy_t, _ = linear_logprob_op(hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk)
     return logp_t, entropy_t
 
 
@@ -210,16 +223,10 @@ def _check(
     for name, head in (("weight_vd", weight_vd), ("bias_v", bias_v)):
         if head is not None and head.dtype != hidden_td.dtype:
             raise ValueError(f"linear_logprob: {name} is {head.dtype} but hidden_td is {hidden_td.dtype}; cast one of them")
-        if head is not None and head.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"linear_logprob: {name} requires a gradient, but this op is for a frozen head and would give it none"
-            )
     if not 0 < temperature < math.inf:
         raise ValueError(f"linear_logprob: temperature must be a positive number, got {temperature}")
     if token_chunk < 1 or vocab_chunk < 1:
-        raise ValueError(
-            f"linear_logprob: chunks must hold at least 1, got token_chunk {token_chunk}, vocab_chunk {vocab_chunk}"
-        )
+        raise ValueError(f"linear_logprob: chunks must hold at least 1, got token_chunk {token_chunk}, vocab_chunk {vocab_chunk}")
     if t and targets_t.device.type == "cpu":
         low, high = int(targets_t.min()), int(targets_t.max())
         if low < 0 or high >= v:
@@ -233,54 +240,42 @@ def cost(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, targets_t:
     return Cost(2 * t * d * v, (t * d + v * d) * hidden_td.element_size() + t * targets_t.element_size() + outputs)
 
 
-def backward_cost(
-    grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, hidden_td: Tensor, weight_vd: Tensor, *rest: Any
-) -> Cost:
-    """Backward pass: the head GEMM again and the one for dh; h, W, dh and four vectors [t] once."""
-    (t, d), v = hidden_td.shape, weight_vd.shape[0]
+def backward_cost(grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, hidden_td: Tensor, weight_vd: Tensor, *rest: Any) -> Cost:
+    """Backward pass: the head GEMM again, the one for dh and, if wanted, that for dW; h, W, dh, dW and four vectors [t] once."""
+    (t, d), v, need_dw = hidden_td.shape, weight_vd.shape[0], rest[-2]
     vectors = 4 * t * _accumulation_dtype(hidden_td).itemsize
-    return Cost(4 * t * d * v, (2 * t * d + v * d) * hidden_td.element_size() + vectors)
+    return Cost((6 if need_dw else 4) * t * d * v, (2 * t * d + (1 + need_dw) * v * d) * hidden_td.element_size() + vectors)
 
 
 def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Odd token counts and vocabularies; chunks that do not divide them; with and without bias and entropy."""
+    """Odd token counts and vocabularies; chunks that do not divide them; with and without bias, entropy and a trained head."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
-    for t, d, v, with_bias, with_entropy, temperature, token_chunk, vocab_chunk in (
-        (0, 8, 97, False, True, 1.0, 4096, 32768),
-        (1, 8, 97, True, True, 0.7, 4096, 32768),
-        (63, 24, 97, False, False, 1.0, 16, 31),
-        (63, 24, 97, True, True, 1.3, 20, 32),
-        (130, 16, 1031, False, True, 0.9, 64, 500),
+    for t, d, v, with_bias, with_entropy, train_head, temperature, token_chunk, vocab_chunk in (
+        (0, 8, 97, False, True, False, 1.0, 4096, 32768),
+        (1, 8, 97, True, True, False, 0.7, 4096, 32768),
+        (63, 24, 97, False, False, False, 1.0, 16, 31),
+        (63, 24, 97, True, True, True, 1.3, 20, 32),
+        (130, 16, 1031, False, True, True, 0.9, 64, 500),
     ):
+        weight_vd, bias_v = randn(v, d).requires_grad_(train_head), randn(v).requires_grad_(train_head) if with_bias else None
         targets_t = torch.randint(v, (t,), generator=generator).to(device)
-        bias_v = randn(v) if with_bias else None
-        yield (
-            randn(t, d).requires_grad_(),
-            randn(v, d),
-            bias_v,
-            targets_t,
-            temperature,
-            with_entropy,
-            token_chunk,
-            vocab_chunk,
-        )
+        options = (temperature, with_entropy, token_chunk, vocab_chunk)
+        yield randn(t, d).requires_grad_(), weight_vd, bias_v, targets_t, *options
 
 
 def backward_sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
     """The forward samples with gradients of both outputs, or of logp alone where the entropy was not computed."""
-    for hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk in sample_inputs(
-        dtype, device
-    ):
-        hidden_td = hidden_td.detach()
-        logp_t, entropy_t, log_z_t = linear_logprob_op(
-            hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk
-        )
-        saved = (hidden_td, weight_vd, bias_v, targets_t, log_z_t, entropy_t)
-        yield logp_t.cos(), entropy_t.sin() if with_entropy else None, *saved, temperature, token_chunk, vocab_chunk
+    for hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, *chunks in sample_inputs(dtype, device):
+        heads = (weight_vd.detach(), None if bias_v is None else bias_v.detach())
+        inputs = (hidden_td.detach(), *heads, targets_t)
+        logp_t, entropy_t, log_z_t = linear_logprob_op(*inputs, temperature, with_entropy, *chunks)
+        needs = (weight_vd.requires_grad, bias_v is not None and bias_v.requires_grad)
+        grads = (logp_t.cos(), entropy_t.sin() if with_entropy else None)
+        yield *grads, *inputs, log_z_t, entropy_t, temperature, *chunks, *needs
 
 
 SPEC = OpSpec("linear_logprob", linear_logprob_op, sample_inputs, cost)

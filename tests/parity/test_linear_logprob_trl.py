@@ -1,4 +1,4 @@
-"""linear_logprob has the bits of TRL 1.16's ChunkedLogProbFunction on a CPU: logp, entropy and dh, forward and backward."""
+"""linear_logprob has the bits of TRL 1.16's ChunkedLogProbFunction on a CPU: logp, entropy, and the gradients of h, W and b."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastlora.ops.linear_logprob import linear_logprob
 WANTED = {"logp": (True, False), "entropy": (False, True), "both": (True, True)}
 
 
-def _run(function, hidden_td: Tensor, wanted: str) -> list[Tensor]:
-    """[logp, entropy, dh] of a loss that weights every token differently."""
-    hidden_td = hidden_td.clone().requires_grad_()
-    logp_t, entropy_t = function(hidden_td)
+def _run(function, leaves: list[Tensor], wanted: str) -> list[Tensor]:
+    """[logp, entropy, dh, dW, db] of a loss that weights every token differently; `leaves` are h, W and maybe b."""
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    logp_t, entropy_t = function(*leaves)
     weight_t = torch.linspace(-1, 2, len(logp_t), dtype=logp_t.dtype)
     use_logp, use_entropy = WANTED[wanted]
     loss = (logp_t * weight_t).sum() * use_logp if use_logp else 0
     loss = loss + (entropy_t * weight_t.flip(0)).sum() if use_entropy else loss
     loss.backward()
-    return [logp_t.detach(), entropy_t.detach(), hidden_td.grad]
+    return [logp_t.detach(), entropy_t.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("wanted", WANTED)
@@ -41,15 +41,15 @@ def test_bits_equal_trl(monkeypatch, t, d, v, with_bias, temperature, token_chun
     monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", token_chunk)
     hidden_td, weight_vd, targets_t = torch.randn(t, d), torch.randn(v, d), torch.randint(v, (t,))
     hidden_td, weight_vd = hidden_td.to(dtype), (weight_vd * 3 / d**0.5).to(dtype)
-    bias_v = torch.randn(v).to(dtype) if with_bias else None
+    leaves = [hidden_td, weight_vd, *([torch.randn(v).to(dtype)] if with_bias else [])]
 
-    def trl(hidden_td: Tensor) -> tuple[Tensor, Tensor]:
+    def trl(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         outputs = chunked_logprob.ChunkedLogProbFunction.apply(
             hidden_td, weight_vd, bias_v, targets_t, temperature, vocab_chunk, None, 1.0, ("entropy",)
         )
         return outputs[0], outputs[1]
 
-    def ours(hidden_td: Tensor) -> tuple[Tensor, Tensor]:
+    def ours(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return linear_logprob(
             hidden_td,
             weight_vd,
@@ -60,8 +60,7 @@ def test_bits_equal_trl(monkeypatch, t, d, v, with_bias, temperature, token_chun
             vocab_chunk=vocab_chunk,
         )
 
-    for name, got, expected in zip(
-        ("logp", "entropy", "dh"), _run(ours, hidden_td, wanted), _run(trl, hidden_td, wanted), strict=True
-    ):
+    names = ("logp", "entropy", "dh", "dW", "db")[: 2 + len(leaves)]
+    for name, got, expected in zip(names, _run(ours, leaves, wanted), _run(trl, leaves, wanted), strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected), f"{name}: max |Δ| = {(got - expected).abs().max():.3e}"
