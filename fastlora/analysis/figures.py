@@ -276,7 +276,7 @@ def gradient_heat_maps(run: Run) -> Figure:
 
 
 def _draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.image.AxesImage:
-    """Steps to the right, layer 0 at the bottom; a zero or missing gradient is left blank."""
+    """Steps to the right, layer 0 at the bottom; a zero or non-finite gradient is left blank."""
     values = np.ma.masked_invalid(np.where(norms.norms_ls > 0, norms.norms_ls, np.nan))
     step, layer = norms.steps, norms.layers
     ax.grid(visible=False)

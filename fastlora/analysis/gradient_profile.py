@@ -23,13 +23,14 @@ class LayerNorms:
     steps: NDArray[np.int32]
     """Sorted steps, [s]."""
     norms_ls: NDArray[np.float64]
-    """[l, s]; NaN where no matrix of that layer has a gradient at that step."""
+    """[l, s]; 0 where nothing of that layer trains, NaN where a gradient was not finite."""
 
     @property
     def share_l(self) -> NDArray[np.float64]:
-        """Share of each layer in the sum of norms, mean over steps; sums to 1."""
-        total_s = np.nansum(self.norms_ls, axis=0)
-        return np.nanmean(self.norms_ls[:, total_s > 0] / total_s[total_s > 0], axis=1)
+        """Share of each layer in the sum of norms, mean over the steps whose gradient is finite and not all zero; sums to 1."""
+        total_s = self.norms_ls.sum(axis=0)
+        counted_s = total_s > 0
+        return (self.norms_ls[:, counted_s] / total_s[counted_s]).mean(axis=1)
 
     @property
     def share_ratio(self) -> float:
@@ -46,17 +47,18 @@ class LayerNorms:
 def layer_norms(profile: pa.Table, matrices: str = "AB", rank_normalised: bool = False) -> LayerNorms:
     """The norms of a `gradient_profile.parquet`: of all matrices, of "A" or of "B"; ‖g‖/√r if `rank_normalised`."""
     columns = {name: profile[name].to_numpy(zero_copy_only=False) for name in ("layer", "step", "matrix", "rank", "norm")}
-    kept = np.isin(columns["matrix"], list(matrices)) & np.isfinite(columns["norm"])
+    kept = np.isin(columns["matrix"], list(matrices))
     layers, row_layer = np.unique(columns["layer"], return_inverse=True)
     steps, row_step = np.unique(columns["step"], return_inverse=True)
-    squares = columns["norm"].astype(np.float64) ** 2 / (columns["rank"] if rank_normalised else 1)
-    norms_ls = np.zeros((len(layers), len(steps)))
-    present_ls = np.zeros_like(norms_ls, dtype=bool)
-    np.add.at(norms_ls, (row_layer[kept], row_step[kept]), squares[kept])
-    present_ls[row_layer[kept], row_step[kept]] = True
-    return LayerNorms(layers, steps, np.where(present_ls, np.sqrt(norms_ls), np.nan))
+    squares = np.where(np.isfinite(columns["norm"]), columns["norm"], np.nan).astype(np.float64) ** 2
+    if rank_normalised:
+        squares /= columns["rank"]
+    squares_ls = np.zeros((len(layers), len(steps)))
+    np.add.at(squares_ls, (row_layer[kept], row_step[kept]), squares[kept])
+    return LayerNorms(layers, steps, np.sqrt(squares_ls))
 
 
 def has_gradient(profile: pa.Table) -> bool:
     """Some norm is positive: there is something to draw and to compare."""
-    return bool(np.any(profile["norm"].to_numpy() > 0))
+    norms = profile["norm"].to_numpy()
+    return bool(np.any(norms[np.isfinite(norms)] > 0))

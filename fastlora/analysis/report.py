@@ -36,6 +36,9 @@ EXAMPLES = {"gained": 3, "lost": 2, "wrong": 2, "right": 1}
 SAMPLES_SHOWN = 12
 """Completions sampled while training that are shown, the latest."""
 
+SIGNIFICANCE = 0.05
+"""Level of the paired test below which the page says that accuracy rose or fell; that of its 95% intervals."""
+
 TOP_LAYERS = 0.3
 """Fraction of layers whose share of the gradient is quoted (the rank-allocation study's figure)."""
 
@@ -75,6 +78,7 @@ def render_report(run: Run) -> str:
         run=run,
         summary=run.summary,
         test=test,
+        change=change_of_accuracy(run.summary),
         verdict=verdict(run.summary, len(pairs)),
         p_value=format_p(run.summary.mcnemar_p),
         examples=list(_chosen(pairs)),
@@ -105,10 +109,19 @@ def _figures(run: Run) -> dict[str, str]:
     return drawn
 
 
-def verdict(summary: RunSummary, problems: int) -> str:
-    """One sentence: what happened to the accuracy, as far as the interval of the difference lets one say."""
+def change_of_accuracy(summary: RunSummary) -> str:
+    """The word "rose" or "fell" if the difference's interval excludes 0 and the exact test agrees, else "did not change"."""
     low, high = summary.accuracy_gain_interval
-    change = "rose" if low > 0 else "fell" if high < 0 else "did not change measurably"
+    if summary.mcnemar_p >= SIGNIFICANCE or low <= 0 <= high:
+        return "did not change"
+    return "rose" if low > 0 else "fell"
+
+
+def verdict(summary: RunSummary, problems: int) -> str:
+    """What happened to the accuracy, in words."""
+    change = change_of_accuracy(summary)
+    if change == "did not change":
+        change += " measurably"
     steps = f"{summary.steps} step" + ("s" if summary.steps > 1 else "")
     sentence = f"After {steps}, greedy accuracy on the same {problems} held-out problems {change}."
     if summary.learned is not None:

@@ -136,9 +136,7 @@ def training_samples(step: int, rng: Generator) -> list[CompletionSample]:
     prompt, gold = problem(step)
     return [
         CompletionSample(step, prompt, f" {gold}.", str(gold), {"first_integer": 1.0}, 0.9, 4, True),
-        CompletionSample(
-            step, prompt, f" {gold + 1} because " * 3, str(gold), {"first_integer": 0.0}, float(rng.normal()), 16, False
-        ),
+        CompletionSample(step, prompt, f" {gold + 1} because " * 3, str(gold), {"first_integer": 0.0}, float(rng.normal()), 16, False),
         CompletionSample(step, prompt, HOSTILE, str(gold), {"first_integer": float("nan")}, float("nan"), 9, True),
     ]
 
@@ -149,16 +147,12 @@ def answers(problems: int, accuracy: float, rng: Generator) -> tuple[Answer, ...
     for index in range(problems):
         prompt, gold = problem(index)
         right = bool(rng.random() < accuracy) and index != 1
-        text = (
-            HOSTILE if index == 1 else f" {gold}" if right else f" {gold + int(rng.integers(1, 9))}. The sum of the two numbers"
-        )
+        text = HOSTILE if index == 1 else f" {gold}" if right else f" {gold + int(rng.integers(1, 9))}. The sum of the two numbers"
         found.append(Answer(index, prompt, text, str(gold), right))
     return tuple(found)
 
 
-def summarise(
-    name: str, steps: int, seed: int, ranks: dict[str, int], before: Evaluation, after: Evaluation, learns: bool
-) -> RunSummary:
+def summarise(name: str, steps: int, seed: int, ranks: dict[str, int], before: Evaluation, after: Evaluation, learns: bool) -> RunSummary:
     """As the end of training does."""
     test, low, high = paired_test(before.correct, after.correct), before.accuracy, after.accuracy
     parameters = sum(rank * sum(WIDTHS[module.rpartition(".")[2]][1:]) for module, rank in ranks.items())

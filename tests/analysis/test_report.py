@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastlora.analysis.report import EXAMPLES, answer_pairs, render_report, time_facts, write_report
+from fastlora.analysis.report import EXAMPLES, answer_pairs, change_of_accuracy, render_report, time_facts, write_report
 from fastlora.analysis.run_reader import Run, read_run
 from fastlora.metrics import GRADIENT_PROFILE_SCHEMA
 from tests.analysis.synthetic_run import HOSTILE, make_run
@@ -133,6 +133,20 @@ def test_time_shares_are_those_of_the_rows(run: Run) -> None:
     total = sum(value for row in rows for name, value in row.items() if name.startswith("seconds/"))
     for stage, share in time_facts(run).items():
         assert share == pytest.approx(sum(row[f"seconds/{stage}"] for row in rows) / total)
+
+
+@pytest.mark.parametrize(
+    ("interval", "p_value", "change"),
+    [
+        ((0.01, 0.2), 0.03, "rose"),
+        ((-0.2, -0.01), 0.03, "fell"),
+        ((-0.01, 0.2), 0.03, "did not change"),
+        ((0.01, 0.2), 0.06, "did not change"),
+    ],
+)
+def test_a_change_needs_interval_and_test(run: Run, interval: tuple[float, float], p_value: float, change: str) -> None:
+    summary = dataclasses.replace(run.summary, accuracy_gain_interval=interval, mcnemar_p=p_value)
+    assert change_of_accuracy(summary) == change
 
 
 def test_every_changing_metric_is_drawn_and_every_constant_one_named(run: Run, html: str) -> None:
