@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastlora.errors import FastloraError
 from fastlora.types import Deposits, Example, Rollout
 
 
-class RewardError(ValueError):
+class RewardError(FastloraError):
     """A reward that cannot go on; the message names the function, the example and the cause. The caller saves the run."""
 
 

@@ -70,7 +70,5 @@ def test_invalid_format_pattern_is_refused() -> None:
 def test_gold_answers_are_checked_by_every_reward(tmp_path: Path) -> None:
     rewards = load_rewards(RewardConfig(functions=("exact_match", "first_integer")))
     rewards.check([Example(0, "", "7")])
-    with pytest.raises(
-        RewardError, match=r"first_integer cannot use the gold answer 'x' of example 4: it is not an integer \(2 of 3"
-    ):
+    with pytest.raises(RewardError, match=r"first_integer cannot use the gold answer 'x' of example 4: it is not an integer \(2 of 3"):
         rewards.check([Example(3, "", "7"), Example(4, "", "x"), Example(5, "", "y")])

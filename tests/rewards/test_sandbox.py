@@ -150,10 +150,20 @@ def test_user_function_with_a_wrong_result_is_refused(tmp_path: Path, returned: 
         rewards(make_rollout(["a", "b"], ["1"]))
 
 
-@pytest.mark.parametrize("deed", ["time.sleep(1000)", "10 ** 10 ** 10", "os._exit(0)", "sys.exit()", "os.kill(os.getpid(), 9)"])
+DEEDS = (
+    "time.sleep(1000)",
+    "10 ** 10 ** 10",
+    "signal.signal(signal.SIGALRM, signal.SIG_IGN), time.sleep(1000)",
+    "os._exit(0)",
+    "sys.exit()",
+    "os.kill(os.getpid(), 9)",
+)
+
+
+@pytest.mark.parametrize("deed", DEEDS)
 def test_only_the_guilty_completion_scores_0(tmp_path: Path, deed: str) -> None:
     body = f"""
-        import os, sys, time
+        import os, signal, sys, time
         def f(texts, examples):
             for t in texts:
                 if t == "bad":
