@@ -86,9 +86,7 @@ def test_sft_refuses_a_batch_without_targets() -> None:
 
 
 def test_entropy_control_rules() -> None:
-    config = LossConfig(
-        use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.5, entropy_coef_delta=0.004, entropy_coef_max=0.012
-    )
+    config = LossConfig(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.5, entropy_coef_delta=0.004, entropy_coef_max=0.012)
     first = EntropyControl(config.entropy_coef)
     assert applied_entropy_coef(first, config) == 0.0, "no bonus before anything was measured"
     low = next_entropy_control(first, 4.0, 8.0, config)  # mean 0.5 = target counts as low

@@ -184,9 +184,7 @@ def _highest_entropy(entropy_nt: Tensor, mask_nt: Tensor, share: float) -> Tenso
     return (entropy_nt >= threshold) & mask_nt.bool()
 
 
-def _near_policy(
-    logp_nt: Tensor, behaviour_logp_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, threshold: float
-) -> Tensor:
+def _near_policy(logp_nt: Tensor, behaviour_logp_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, threshold: float) -> Tensor:
     """bool [n, 1] or [n, t], False at negative advantages in sequences that left the policy (DeepSeek-V3.2, 2512.02556)."""
     # A token that the sampler could not score (NaN) is no evidence of having left it.
     kl_nt = torch.nan_to_num(behaviour_logp_nt - logp_nt, nan=0.0)
@@ -204,9 +202,7 @@ def _kl(logp_nt: Tensor, ref_logp_nt: Tensor, estimator: str) -> Tensor:
     return torch.clamp(torch.exp(logp_nt) * (logp_nt - ref_logp_nt), min=0.0)  # density
 
 
-def _gamma_weight(
-    log_ratio_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, importance_ratio_nt: Tensor | None, o: Options
-) -> Tensor:
+def _gamma_weight(log_ratio_nt: Tensor, mask_nt: Tensor, advantages_nt: Tensor, importance_ratio_nt: Tensor | None, o: Options) -> Tensor:
     """vespo's φ(w) [n, 1] (or [n, t] with an advantage per token), in log space; φ(1) = 1. Without gradient."""
     log_floor = math.log(1e-8)
     log_w_n1 = torch.sum(torch.clamp(log_ratio_nt, -20.0, 20.0) * mask_nt, dim=-1, keepdim=True)

@@ -13,8 +13,7 @@ The head of a LoRA run is frozen, and then dW [v, d] and db are never computed; 
 
 The vocabulary is walked in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein 2018, "Online
 normalizer calculation for softmax", algorithm 3). Memory beside inputs and outputs: one tile of logits, [token_chunk,
-vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward (6 with
-dW).
+vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward, 6 with dW.
 
 Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dh, dW and db are accumulated in the same
 and rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py):

@@ -35,9 +35,7 @@ class Problem:
     sampler: Tensor | None
     importance_ratio: Tensor | None
 
-    def loss(
-        self, config: LossConfig, logp: Tensor | None = None, entropy: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, config: LossConfig, logp: Tensor | None = None, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
         loss, metrics_m = grpo_loss(
             self.logp if logp is None else logp,
             self.entropy if entropy is None else entropy,
@@ -167,9 +165,7 @@ def _close(got: float, expected: float) -> bool:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_matches_the_formula(loss_type: str, level: str, variant: str) -> None:
-    for seed, (per_token, on_policy, ratio_width) in enumerate(
-        [(False, False, 0), (True, False, T), (False, True, 1), (True, False, 0)]
-    ):
+    for seed, (per_token, on_policy, ratio_width) in enumerate([(False, False, 0), (True, False, T), (False, True, 1), (True, False, 0)]):
         problem = _problem(seed)
         generator = torch.Generator().manual_seed(seed)
         ratio = (0.3 * torch.randn(N, ratio_width, generator=generator, dtype=torch.float64)).exp() if ratio_width else None
@@ -205,9 +201,7 @@ def test_matches_the_formula(loss_type: str, level: str, variant: str) -> None:
 def test_gradcheck(loss_type: str, level: str, variant: str) -> None:
     seed = LOSS_TYPES.index(loss_type) + list(VARIANTS).index(variant)
     problem, estimator = _problem(seed), KL_ESTIMATORS[seed % len(KL_ESTIMATORS)]
-    config = LossConfig(
-        loss_type=loss_type, importance_sampling_level=level, beta=0.07, kl_estimator=estimator, **VARIANTS[variant]
-    )
+    config = LossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.07, kl_estimator=estimator, **VARIANTS[variant])
     leaves = (problem.logp.clone().requires_grad_(), problem.entropy.clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda logp, entropy: problem.loss(config, logp, entropy)[0], leaves)
 

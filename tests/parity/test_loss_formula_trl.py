@@ -87,9 +87,7 @@ class StubTrainer(SimpleNamespace):
         return GRPOTrainer._compute_loss(self, None, {name: value for name, value in inputs.items() if value is not None})
 
 
-def _fixture(
-    seed: int, *, on_policy: bool = False, per_token: bool = False, masked_row: bool = True
-) -> tuple[Tensor, Tensor, TrainBatch]:
+def _fixture(seed: int, *, on_policy: bool = False, per_token: bool = False, masked_row: bool = True) -> tuple[Tensor, Tensor, TrainBatch]:
     """(logp, entropy, batch); the batch's old, reference and sampler policies all differ from the current one."""
     generator = torch.Generator().manual_seed(seed)
     randn = partial(torch.randn, generator=generator)
@@ -184,9 +182,7 @@ def test_bits_equal_trl(loss_type: str, level: str, variant: str) -> None:
     splits = ((1, 1), (3, 3), (2, 4), (4, 2), (3, 7))
     for seed, (accumulation, per_generation) in enumerate(splits):
         _compare(config, accumulation, per_generation, "none", seed)
-    for seed, (ratio, on_policy, per_token) in enumerate(
-        itertools.product(("none", "token", "sequence"), (False, True), (False, True))
-    ):
+    for seed, (ratio, on_policy, per_token) in enumerate(itertools.product(("none", "token", "sequence"), (False, True), (False, True))):
         _compare(config, 3, 4, ratio, seed, on_policy=on_policy, per_token=per_token, masked_row=False)
 
 
