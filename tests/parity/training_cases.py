@@ -126,7 +126,7 @@ def train_theirs(config: RunConfig, recordings: list[Recording], twins: Twins) -
     def recording() -> Recording:
         return current[-1]
 
-    trainer = make_trainer(trl_training_arguments(config), recording)
+    trainer = make_trainer(make_tiny_model(), lora(), recording, **trl_training_arguments(config))
     copy_to_peft(twins.adapter, trainer.model)
     generate, log = trainer._generate, NormLog()
 

@@ -21,6 +21,7 @@ from typing import Any, get_args
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
@@ -85,16 +86,16 @@ class Recording:
     """float32."""
 
 
-def record(seed: int = 0, num_prompts: int = len(PROMPT_LENGTHS)) -> Recording:
+def record(seed: int = 0) -> Recording:
     """Random tokens; completions of 1 to MAX_LENGTH tokens, a quarter of them truncated; no reward twice in a group."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
 
-    prompts = [tokens(length) for length in PROMPT_LENGTHS[:num_prompts]]
+    prompts = [tokens(length) for length in PROMPT_LENGTHS]
     completions = []
-    for n in range(NUM_GENERATIONS * num_prompts):
+    for n in range(SAMPLES):
         length = MAX_LENGTH if n % 4 == 3 else int(torch.randint(1, MAX_LENGTH, (), generator=generator))
         completions.append(tokens(length) if n % 4 == 3 else (*tokens(length - 1), EOS_ID))
     rewards_n = torch.randn(len(completions), generator=generator)
@@ -135,10 +136,9 @@ def lora() -> LoraConfig:
     return LoraConfig(r=5, lora_alpha=11.0, rank_pattern=rank_pattern(UNEVEN, make_tiny_model()))
 
 
-def make_trainer(args: dict[str, Any], recording: Callable[[], Recording], num_prompts: int = len(PROMPT_LENGTHS)) -> GRPOTrainer:
-    """TRL's trainer on a tiny Llama that its own `peft_config` adapts; `_generate` and the reward return the recording."""
-    model = make_tiny_model()
-    specs = specs_for(model, lora())
+def make_trainer(model: PreTrainedModel, config: LoraConfig, recording: Callable[[], Recording], **args: Any) -> GRPOTrainer:
+    """TRL's trainer on a model that its own `peft_config` adapts; `_generate` and the reward function return the recording."""
+    specs = specs_for(model, config)
 
     def reward(prompts: list[str], **_: object) -> list[float]:
         return recording().rewards_n.tolist()
@@ -159,9 +159,9 @@ def make_trainer(args: dict[str, Any], recording: Callable[[], Recording], num_p
                 **args,
             },
         ),
-        train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(num_prompts)]),
+        train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(len(PROMPT_LENGTHS))]),
         processing_class=make_tiny_tokenizer(),
-        peft_config=peft_config(specs, lora()),
+        peft_config=peft_config(specs, config),
     )
 
     def generate(prompts: list[str]) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ def record_unpadded() -> Recording:
 def make_rig(temperature: float = 1.0, recording: Recording | None = None, **args: Any) -> Rig:
     """A trainer and its twin, with the same random A and B."""
     recording = recording or record()
-    trainer = make_trainer({"temperature": temperature, **args}, lambda: recording)
+    trainer = make_trainer(make_tiny_model(), lora(), lambda: recording, temperature=temperature, **args)
     twins = make_twins(make_tiny_model(), lora())
     copy_to_peft(twins.adapter, trainer.model)
     return Rig(trainer, replace(twins, theirs=trainer.model), temperature, recording)

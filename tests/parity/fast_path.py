@@ -1,0 +1,226 @@
+"""The fast path (packed tokens, grouped modules, chunked head) against the truth in fp64, and PEFT + TRL against the same truth.
+
+    logp error        sqrt(mean over completion tokens of (logp − logp64)²)
+    gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector
+
+both over several seeds together. The truth is PEFT in fp64, a plain log-softmax of its logits, and TRL's `_compute_loss` on that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from fastlora.config import LoraConfig, LossConfig
+from fastlora.lora.packed import PackedAdapter, attach
+from fastlora.losses.policy import policy_loss
+from fastlora.model import wrap_model
+from fastlora.policy import score
+from fastlora.types import TrainBatch
+from tests.parity.trl_cases import make_trainer, record
+from tests.parity.twins import copy_to_peft, packed_tensors, peft_tensors, randomize, rank_pattern, specs_for
+from tests.tiny import EOS_ID, VOCAB_SIZE, make_tiny_model, make_tiny_tokenizer
+
+LOSS = LossConfig(loss_type="dapo", beta=0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a policy update computes from a batch."""
+
+    logp: Tensor
+    """[completion tokens of the batch]."""
+    gradient: Tensor
+    """[entries of all A and B]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Against fp64."""
+
+    logp: float
+    gradient: float
+
+
+def make_batch(vocabulary: int, seed: int, prompts: Sequence[int], completions: Sequence[int]) -> TrainBatch:
+    """Random tokens of these lengths, without recorded policies (see `with_recorded_policies`)."""
+    generator = torch.Generator().manual_seed(seed)
+    n, p, t = len(prompts), max(prompts), max(completions)
+    completion_mask = torch.arange(t) < torch.tensor(completions)[:, None]
+    return TrainBatch(
+        prompt_ids_np=torch.randint(3, vocabulary, (n, p), generator=generator),
+        prompt_mask_np=torch.arange(p) >= p - torch.tensor(prompts)[:, None],
+        completion_ids_nt=torch.randint(3, vocabulary, (n, t), generator=generator).masked_fill(~completion_mask, EOS_ID),
+        completion_mask_nt=completion_mask,
+        loss_mask_nt=completion_mask,
+        advantages_nt=torch.randn(n, 1, generator=generator),
+        old_logp_nt=None,
+        ref_logp_nt=None,
+        sampler_logp_nt=None,
+        num_items_in_batch=int(completion_mask.sum()),
+    )
+
+
+def trl_inputs(batch: TrainBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The batch as TRL's loss takes it."""
+    return {
+        "prompt_ids": batch.prompt_ids_np,
+        "prompt_mask": batch.prompt_mask_np.long(),
+        "completion_ids": batch.completion_ids_nt,
+        "completion_mask": batch.completion_mask_nt.long(),
+        "advantages": batch.advantages_nt.squeeze(1).to(dtype),
+        "old_per_token_logps": batch.old_logp_nt.to(dtype),
+        "ref_per_token_logps": batch.ref_logp_nt.to(dtype),
+        "num_items_in_batch": torch.tensor(batch.num_items_in_batch),
+    }
+
+
+def trl_trainer(model: PreTrainedModel, config: LoraConfig, adapter: PackedAdapter) -> GRPOTrainer:
+    """PEFT + TRL on a copy of the model in the model's dtype, with our A and B; PEFT keeps a bf16 model's adapters in fp32."""
+    trainer = make_trainer(copy.deepcopy(model), config, lambda: record(), loss_type=LOSS.loss_type, beta=LOSS.beta)
+    copy_to_peft(adapter, trainer.model)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def plain_logp(self: GRPOTrainer, model: nn.Module, ids: Tensor, mask: Tensor, keep: int, **_: Any) -> tuple[Tensor, Tensor, None]:
+    """The definition: log-softmax of the logits at the next token, and its entropy."""
+    log_p = model(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1].log_softmax(-1)
+    logp_nt = log_p.gather(-1, ids[:, -keep:, None]).squeeze(-1)
+    return logp_nt * mask[:, -keep:], -(log_p.exp() * log_p).sum(-1), None
+
+
+def rotary_in_double(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [n, t, head_dim] of the rotary position embedding (Su et al. 2021, eq. 34)."""
+    angles = (position_ids[..., None].double() * rotary.inv_freq.double()).repeat(1, 1, 2)
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """An fp64 copy. Transformers computes RMS norms and rotary angles in fp32 whatever the model's dtype; here the same formulas
+    run in fp64: rotations are relative, and only then do left-padded and packed positions give the same attention to 1e-16."""
+    double = copy.deepcopy(model).double()
+    for module in double.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon)
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = partial(rotary_in_double, module)
+    return double
+
+
+def truth_trainer(model: PreTrainedModel, config: LoraConfig, adapter: PackedAdapter) -> GRPOTrainer:
+    """TRL's loss on PEFT's layers, all in fp64."""
+    trainer = trl_trainer(in_double(model), config, adapter)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float64}
+    trainer._get_per_token_logps_and_entropies = partial(plain_logp, trainer)
+    return trainer
+
+
+@torch.no_grad()
+def trl_logp(trainer: GRPOTrainer, batch: TrainBatch) -> Tensor:
+    """[n, t]."""
+    ids = torch.cat([batch.prompt_ids_np, batch.completion_ids_nt], dim=1)
+    mask = torch.cat([batch.prompt_mask_np, batch.completion_mask_nt], dim=1).long()
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch.completion_ids_nt.shape[1])[0]
+
+
+def run_trl(trainer: GRPOTrainer, batch: TrainBatch, adapter: PackedAdapter, dtype: torch.dtype = torch.float32) -> Result:
+    """TRL's own loss and backward pass."""
+    trainer.model.zero_grad()
+    trainer._compute_loss(trainer.model, trl_inputs(batch, dtype)).backward()
+    return _result(trl_logp(trainer, batch), batch, peft_tensors(trainer.model, adapter, gradient=True))
+
+
+def with_recorded_policies(batch: TrainBatch, logp_nt: Tensor, seed: int) -> TrainBatch:
+    """Behaviour and reference policies a little off the current one: ratios of e^±0.15, a sixth of them clipped.
+
+    None within 5 % of a clip bound: there the gradient jumps, and one token that bf16's error (0.5 %) moves across it would
+    weigh more than all rounding errors together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    log_ratio_nt, log_ratio_ref_nt = (0.15 * torch.randn(logp_nt.shape, generator=generator) for _ in range(2))
+    bounds = torch.tensor([1 - LOSS.epsilon, 1 + LOSS.epsilon]).log()
+    near_nt = ((log_ratio_nt[..., None] - bounds).abs() < 0.05).any(-1)
+    old = logp_nt.float() - log_ratio_nt.masked_fill(near_nt, 0.0)
+    return replace(batch, old_logp_nt=old, ref_logp_nt=logp_nt.float() - log_ratio_ref_nt)
+
+
+def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch, implementation: str) -> Result:
+    """Score, loss, backward."""
+    adapter.flat.grad.zero_()
+    logp_nt, entropy_nt = score(model, batch, 1.0, implementation)
+    options = {"accumulation_steps": 1, "steps_per_generation": 1, "max_completion_length": 1, "entropy_coef": 0.0}
+    loss, _ = policy_loss(logp_nt, entropy_nt, batch, LOSS, **options)
+    loss.backward()
+    return _result(logp_nt.detach(), batch, packed_tensors(adapter, adapter.flat.grad))
+
+
+def _result(logp_nt: Tensor, batch: TrainBatch, gradients: Sequence[Tensor]) -> Result:
+    return Result(logp_nt[batch.completion_mask_nt].double(), torch.cat([g.reshape(-1) for g in gradients]).double())
+
+
+def attach_fast(model: PreTrainedModel, config: LoraConfig, seed: int, std: float) -> tuple[PreTrainedModel, PackedAdapter]:
+    """A copy of the model with the adapter as a fast run attaches it: in the dtype of the activations."""
+    ours = copy.deepcopy(model)
+    adapter = attach(ours, specs_for(ours, config), seed=seed, cast_to_input=True)
+    randomize(adapter, std, seed)
+    wrap_model(ours, make_tiny_tokenizer(), "tiny")
+    return ours, adapter
+
+
+def to_double(adapter: PackedAdapter) -> None:
+    """Buffers and leaves in fp64, in place; runs keep them in fp32."""
+    flat = adapter.flat
+    flat.data, flat.grad = flat.data.double(), flat.grad.double()
+    for group in adapter.groups:
+        for name in ("a_rd", "b_flat"):
+            old = getattr(group, name)
+            setattr(group, name, flat.parameter(old.storage_offset(), *old.shape))
+
+
+def errors(results: Sequence[Result], truths: Sequence[Result]) -> Errors:
+    """RMS of the log-probabilities' error and relative L2 error of the gradients, all seeds together."""
+    pairs = list(zip(results, truths, strict=True))
+    logp = torch.cat([result.logp - truth.logp for result, truth in pairs])
+    gradient = torch.cat([result.gradient - truth.gradient for result, truth in pairs])
+    truth_gradient = torch.cat([truth.gradient for truth in truths])
+    return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / truth_gradient.norm()))
+
+
+def measure(
+    make_model: Callable[[int], PreTrainedModel], config: LoraConfig, make_batch: Callable[[int], TrainBatch], seeds: Sequence[int], std: float
+) -> tuple[Errors, Errors]:
+    """(ours, PEFT + TRL's) on `make_model`'s models, in their dtype."""
+    ours, theirs, truths = [], [], []
+    for seed in seeds:
+        model = make_model(seed)
+        fast, adapter = attach_fast(model, config, seed, std)
+        truth = truth_trainer(model, config, adapter)
+        batch = make_batch(seed)
+        batch = with_recorded_policies(batch, trl_logp(truth, batch), seed)
+        truths.append(run_trl(truth, batch, adapter, torch.float64))
+        theirs.append(run_trl(trl_trainer(model, config, adapter), batch, adapter))
+        ours.append(run_ours(fast, adapter, batch, "auto"))
+    return errors(ours, truths), errors(theirs, truths)
+
+
+def measure_tiny(dtype: torch.dtype) -> tuple[Errors, Errors]:
+    """(ours, PEFT + TRL's) on Llamas of width 128 and 4 layers, eight seeds of weights, adapter and batch."""
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 8, "initializer_range": 0.05}
+    ranks = {"q_proj": 3, "layers.0.self_attn.q_proj": 17, "layers.0.self_attn.k_proj": 0, "layers.1.self_attn.v_proj": 1, "down_proj": 1}
+    return measure(
+        lambda seed: make_tiny_model("llama", seed=seed, dtype=dtype, **shape),
+        LoraConfig(r=8, lora_alpha=16.0, rank_pattern=rank_pattern(ranks, make_tiny_model("llama", **shape))),
+        lambda seed: make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30), completions=(24, 1, 17, 9, 40, 33)),
+        seeds=range(8),
+        std=0.05,
+    )

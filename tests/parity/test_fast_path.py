@@ -1,0 +1,69 @@
+"""The fast path equals the reference in fp64, and in fp32 and bf16 errs no more than PEFT + TRL does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastlora import policy
+from fastlora.config import LoraConfig
+from fastlora.ops.registry import implementation_counts
+from tests.parity import fast_path
+from tests.parity.fast_path import Errors
+from tests.parity.peft_cases import SCALINGS, TARGETS, lora_config
+from tests.tiny import TINY_FAMILIES, VOCAB_SIZE, make_tiny_model
+from tests.tolerances import FAST_PATH_ERROR_FACTOR, FP64_EXACT
+
+
+def _odd_batch(seed: int = 0) -> fast_path.TrainBatch:
+    return fast_path.make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30), completions=(24, 1, 17, 9, 40, 33))
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_fp64(monkeypatch: pytest.MonkeyPatch, family: str, targets: str) -> None:
+    """Packed, grouped, chunked (16 rows of the head at a time) against PEFT, a plain log-softmax and TRL's loss."""
+    monkeypatch.setattr(policy, "PACKED_TOKEN_CHUNK", 16)
+    config = lora_config(family, targets, SCALINGS[list(TARGETS).index(targets)])
+    model = make_tiny_model(family)
+    fast, adapter = fast_path.attach_fast(fast_path.in_double(model), config, seed=0, std=0.05)
+    fast_path.to_double(adapter)
+    truth = fast_path.truth_trainer(model, config, adapter)
+    batch = _odd_batch()
+    batch = fast_path.with_recorded_policies(batch, fast_path.trl_logp(truth, batch), seed=0)
+    expected = fast_path.run_trl(truth, batch, adapter, torch.float64)
+    before = implementation_counts["lora_linear", "grouped"]
+    got = fast_path.run_ours(fast, adapter, batch, "auto")
+    assert implementation_counts["lora_linear", "grouped"] > before, "the reference ran instead of the fast path"
+    assert got.gradient.any()
+    torch.testing.assert_close(got.logp, expected.logp, rtol=FP64_EXACT, atol=FP64_EXACT)
+    assert (got.gradient - expected.gradient).norm() <= FP64_EXACT * expected.gradient.norm()
+
+
+def _assert_no_worse(ours: Errors, theirs: Errors) -> None:
+    assert ours.logp <= FAST_PATH_ERROR_FACTOR * theirs.logp, (ours, theirs)
+    assert ours.gradient <= FAST_PATH_ERROR_FACTOR * theirs.gradient, (ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_errs_no_more_than_peft_and_trl(dtype: torch.dtype) -> None:
+    _assert_no_worse(*fast_path.measure_tiny(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_errs_no_more_than_peft_and_trl_on_smollm2(packaged_model: Path, dtype: torch.dtype) -> None:
+    """All 30 layers at their real widths, uneven ranks, one short batch."""
+    model = AutoModelForCausalLM.from_pretrained(packaged_model, dtype=dtype).eval()
+    config = LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0})
+    ours, theirs = fast_path.measure(
+        lambda _: model,
+        config,
+        lambda seed: fast_path.make_batch(model.config.vocab_size, seed, prompts=(11, 7, 3), completions=(12, 5, 9)),
+        seeds=(0,),
+        std=0.01,
+    )
+    _assert_no_worse(ours, theirs)
