@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastlora.config import DataConfig
+from fastlora.errors import FastloraError
 from fastlora.prompt import PromptError, chat_renderer, encode, fill_template
 from fastlora.rewards import gsm8k
 from fastlora.types import Example
@@ -46,7 +47,7 @@ MAX_BARREN_CHUNKS = 20
 """Generators in a row without one new held-out question (10,240 draws) after which a task is taken to be exhausted."""
 
 
-class DataError(ValueError):
+class DataError(FastloraError):
     """Data that cannot be used; the message names the row or the setting, and the fix."""
 
 
@@ -132,9 +133,7 @@ def _rows(config: DataConfig, split: Split, size: int, seed: int) -> list[_Row]:
     path = config.train_path if split == "train" else config.eval_path
     if kind == "reasoning_gym":
         if config.train_path or config.eval_path:
-            raise DataError(
-                f"data.train_path and data.eval_path have no effect with {config.source}: it generates its problems"
-            )
+            raise DataError(f"data.train_path and data.eval_path have no effect with {config.source}: it generates its problems")
         return _generated_rows(task, split, config.options, size, seed)
     if config.options:
         raise DataError(f"data.options = {config.options} has no effect: only reasoning_gym tasks have options")
@@ -143,13 +142,9 @@ def _rows(config: DataConfig, split: Split, size: int, seed: int) -> list[_Row]:
         raw = _read_jsonl(path) if path else _read_hub(config.source, split)
         return [parse(where, row) for where, row in islice(raw, size or None)]
     if Path(config.source).suffix not in (".jsonl", ".json"):
-        raise DataError(
-            f"data.source = {config.source!r} is unknown{_near(config.source, ['gsm8k', 'math', 'reasoning_gym:'])}"
-        )
+        raise DataError(f"data.source = {config.source!r} is unknown{_near(config.source, ['gsm8k', 'math', 'reasoning_gym:'])}")
     if config.train_path:
-        raise DataError(
-            f"data.source = {config.source} and data.train_path = {config.train_path} both name training data; give one"
-        )
+        raise DataError(f"data.source = {config.source} and data.train_path = {config.train_path} both name training data; give one")
     if split == "eval" and path is None:
         raise DataError(f"data.source = {config.source} has no held-out split; set data.eval_path to a JSONL file")
     return [_own_row(where, row, config) for where, row in islice(_read_jsonl(path or Path(config.source)), size or None)]
@@ -172,9 +167,7 @@ def _generated_rows(task: str, split: Split, options: dict[str, Any], size: int,
         held_out = hashlib.sha256(question.encode()).digest()[0] % EVAL_SHARE == 0
         if held_out == (split == "eval") and question not in seen:
             if not isinstance(item["answer"], str):
-                raise DataError(
-                    f"{where}: this task has no single gold answer; its problems are judged by a program of their own"
-                )
+                raise DataError(f"{where}: this task has no single gold answer; its problems are judged by a program of their own")
             rows.append(_Row(where, question, item["answer"], item["answer"], item["metadata"]))
             barren = 0
             if split == "eval":
@@ -222,8 +215,7 @@ def _read_hub(source: str, split: Split) -> Iterator[tuple[str, dict[str, Any]]]
         table = datasets.load_dataset(name, configuration, split=hub_split)
     except OSError as error:  # ConnectionError, DatasetNotFoundError and hub errors all derive from it
         raise DataError(
-            f"data.source = {source}: cannot load {name} from the Hugging Face hub ({error}); "
-            f"give a local JSONL file as data.{split}_path"
+            f"data.source = {source}: cannot load {name} from the Hugging Face hub ({error}); give a local JSONL file as data.{split}_path"
         ) from error
     for i, row in enumerate(table):
         yield f"{name} [{hub_split}] row {i}", row
@@ -263,9 +255,7 @@ def _math_row(where: str, row: dict[str, Any]) -> _Row:
     solution = _text(where, row, "solution")
     gold = _text(where, row, "answer") if "answer" in row else last_boxed(solution)
     if not gold:
-        raise DataError(
-            f"{where}: the solution has no \\boxed{{...}} answer, and there is no column answer: {solution[-80:]!r}"
-        )
+        raise DataError(f"{where}: the solution has no \\boxed{{...}} answer, and there is no column answer: {solution[-80:]!r}")
     question = _text(where, row, "problem")
     return _Row(where, question, gold, solution, _others(row, "answer", "solution"))
 

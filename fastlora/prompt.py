@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from fastlora.errors import FastloraError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +22,7 @@ _USER, _ASSISTANT, _SYSTEM = "fastlorauserturn", "fastloraassistantturn", "fastl
 """Stand-ins for the contents of turns: no white space for a template to trim, in no template's own text."""
 
 
-class PromptError(ValueError):
+class PromptError(FastloraError):
     """A prompt that cannot be built; the message names the setting to change."""
 
 
@@ -50,9 +52,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None)
     """
     if tokenizer.chat_template is None:
         if system_prompt is not None:
-            raise PromptError(
-                "data.system_prompt is set, but the tokenizer has no chat template; put it into data.user_template"
-            )
+            raise PromptError("data.system_prompt is set, but the tokenizer has no chat template; put it into data.user_template")
         return lambda user: user
     if system_prompt is not None:
         return lambda user: _render(tokenizer, [("system", system_prompt), ("user", user)])

@@ -166,9 +166,7 @@ def test_bytes_that_are_no_text_are_named_with_the_line(tiny_tokenizer: PreTrain
         ({"eval_path": "e.jsonl"}, "eval", "have no effect with reasoning_gym:chain_sum"),
     ],
 )
-def test_settings_that_do_not_fit(
-    tiny_tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], split: str, message: str
-) -> None:
+def test_settings_that_do_not_fit(tiny_tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], split: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(tiny_tokenizer, DataConfig(**settings), split, size=5)
 
@@ -222,9 +220,7 @@ def test_prompt_that_is_too_long(tiny_tokenizer: PreTrainedTokenizerFast, tmp_pa
     assert len(load(tiny_tokenizer, ample, context_length=tokens + 6, max_completion_length=None)) == 2
     with pytest.raises(DataError, match=rf"line 2: the prompt has {tokens} tokens, data.max_prompt_length allows {tokens - 1}"):
         load(tiny_tokenizer, tight)
-    with pytest.raises(
-        DataError, match=rf"line 2: .* {tokens} tokens and rollout.max_completion_length = 16 exceed .* {tokens + 15} "
-    ):
+    with pytest.raises(DataError, match=rf"line 2: .* {tokens} tokens and rollout.max_completion_length = 16 exceed .* {tokens + 15} "):
         load(tiny_tokenizer, ample, context_length=tokens + 15)
     with pytest.raises(DataError, match=r"line 2: .* its completion of 6 tokens \(eos included\) exceed the model's context"):
         load(tiny_tokenizer, ample, context_length=tokens + 5, max_completion_length=None)

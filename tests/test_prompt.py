@@ -95,9 +95,7 @@ def test_no_system_turn_whatever_the_template(template: str, prompt: str, with_s
 
 def test_chatml_with_a_default_system_turn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """Its bos is also what opens each turn: it must neither be lost nor doubled."""
-    assert tiny_tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
-        "<|im_start|>system\nD"
-    )
+    assert tiny_tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("<|im_start|>system\nD")
     user = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert chat_renderer(tiny_tokenizer, None)("Hi") == user
     assert chat_renderer(tiny_tokenizer, "")("Hi") == "<|im_start|>system\n<|im_end|>\n" + user
@@ -119,9 +117,7 @@ def test_without_a_chat_template_the_user_turn_is_plain_text() -> None:
 
 def test_encode_adds_no_second_bos(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = make_tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     [written] = encode(tokenizer, ["<|im_start|>a"])
     assert written.count(1) == 1
     tokenizer.chat_template = None

@@ -18,8 +18,7 @@ def score(texts: Sequence[str], examples: Sequence[Example]) -> list[float | Non
     """One 1 or 0 per completion. Decimal compares numbers of any length; int() refuses text of more than 4,300 digits."""
     found = [_INTEGER.search(text) for text in texts]
     return [
-        float(match is not None and Decimal(match[0]) == Decimal(example.answer))
-        for match, example in zip(found, examples, strict=True)
+        float(match is not None and Decimal(match[0]) == Decimal(example.answer)) for match, example in zip(found, examples, strict=True)
     ]
 
 

@@ -87,9 +87,7 @@ def _make(name: str, config: RewardConfig) -> RewardFunction:
         return TextReward(name, module.score, module.gold_problems)
     if name == "outcome":
         sandbox = Sandbox(_HERE / "outcome.py", {"score": {}, "gold_problems": {}}, name, memory_limit=OUTCOME_MEMORY_LIMIT)
-        return SandboxedReward(
-            name, sandbox, function="score", timeout=config.timeout, together=False, gold_function="gold_problems"
-        )
+        return SandboxedReward(name, sandbox, function="score", timeout=config.timeout, together=False, gold_function="gold_problems")
     if name == "format":
         try:
             re.compile(config.format_pattern)

@@ -35,9 +35,7 @@ class Sandbox:
     memory_limit is in bytes of address space.
     """
 
-    def __init__(
-        self, path: Path, functions: Mapping[str, dict[str, Any]], label: str, memory_limit: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, functions: Mapping[str, dict[str, Any]], label: str, memory_limit: int | None = None) -> None:
         self._label = label
         self._job = {
             "path": str(path.resolve()),
@@ -65,9 +63,7 @@ class Sandbox:
         try:
             kind, why = self._exchange(self._job, STARTUP_LIMIT)
         except NoAnswer:
-            raise RewardError(
-                f"reward {self._label}: its process did not start within {STARTUP_LIMIT:.0f} s, or died"
-            ) from None
+            raise RewardError(f"reward {self._label}: its process did not start within {STARTUP_LIMIT:.0f} s, or died") from None
         if kind == "failed":
             self.close()
             raise RewardError(f"reward {self._label}: cannot be loaded:\n{why}")

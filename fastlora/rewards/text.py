@@ -51,9 +51,7 @@ class SandboxedReward:
     hangs or dies, they are scored one by one, so that only the guilty ones score 0. Otherwise one completion a call.
     """
 
-    def __init__(
-        self, name: str, sandbox: Sandbox, *, function: str, timeout: float, together: bool, gold_function: str | None
-    ) -> None:
+    def __init__(self, name: str, sandbox: Sandbox, *, function: str, timeout: float, together: bool, gold_function: str | None) -> None:
         self.name = name
         self.timeouts = 0
         self._sandbox = sandbox
