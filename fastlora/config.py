@@ -51,7 +51,7 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The packed variable-rank adapter (PEFT's names and meanings; stricter matching)."""
 
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Patterns of the projections to adapt: exact names, dotted suffixes, or regular expressions."""
     r: Annotated[int, Field(ge=0, le=MAX_RANK)] = 16
     """Rank of every target module that `rank_pattern` does not name; 0 = no adapter there."""

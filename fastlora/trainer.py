@@ -83,7 +83,8 @@ class Trainer:
         with timer("update"):
             for window in self._windows(data.batch):
                 result = self._optimizer_step(window, sums)
-                writer.gradient_norms(self.done.optimizer_step, self.parts.flat.segments, result.norms_m)
+                if self.parts.adapter is not None:
+                    writer.gradient_norms(step, self.parts.flat.segments, result.norms_m)
         writer.completions(data.samples)
         return self._finish_step(step, data, sums, timer.lap())
 

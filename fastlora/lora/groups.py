@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastlora.errors import FastloraError
 from fastlora.lora.patterns import ProjectionShape
 from fastlora.ops.lora_linear import lora_linear
 
 
-class AttachError(RuntimeError):
+class AttachError(FastloraError):
     """The adapter does not fit the model; the message names the module."""
 
 
@@ -86,9 +87,11 @@ class LoraLinear(nn.Module):
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """Path -> linear layer of the decoder, the output head left out.
 
-    Raises AttachError when there is none (GPT-2's Conv1D, fused experts).
+    Raises AttachError when there is none (GPT-2's Conv1D, fused experts) or the model has an adapter already.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise AttachError(f"{type(model).__name__} already has an adapter: a second one would adapt the first. Load the model afresh")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
     if not found:
         raise AttachError(f"{type(model).__name__} has no nn.Linear projection besides its head: LoRA has nowhere to go")
@@ -115,8 +118,10 @@ def input_groups(model: nn.Module, layers: dict[str, nn.Linear]) -> list[list[st
 
     handles = [layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0])) for name, layer in layers.items()]
     try:
-        device = next(model.parameters()).device
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        like = next(model.parameters())
+        token = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+        # A ready 4-d mask: transformers would look at values to build one, which the meta device does not have.
+        model(input_ids=token, attention_mask=torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -80,18 +80,23 @@ class PackedAdapter:
                 group.enabled = True
 
     def load(self, a_rd: Mapping[str, Tensor], b_nr: Mapping[str, Tensor]) -> None:
-        """Copies A [r, d] and B [n, r] of every module in. Raises AttachError naming a module that is missing, unknown or misshapen."""
+        """Copies A [r, d] and B [n, r] of every module in.
+
+        Raises AttachError, before anything is copied, naming a module that is missing, unknown or misshapen.
+        """
         for kind, tensors in (("lora_A", a_rd), ("lora_B", b_nr)):
             odd = sorted(set(tensors) ^ set(self.slots))
             if odd:
                 where = "the adapter file" if odd[0] in tensors else "this run"
                 raise AttachError(f"{odd[0]}: {kind} exists only in {where}; the adapter is for another model or other ranks")
+        pairs = [(f"{name}: lora_A", self.a_rd(name), a_rd[name]) for name in self.slots]
+        pairs += [(f"{name}: lora_B", self.b_rn(name).t(), b_nr[name]) for name in self.slots]
+        for what, target, source in pairs:
+            if target.shape != source.shape:
+                raise AttachError(f"{what} has shape {tuple(source.shape)}, this run needs {tuple(target.shape)}")
         with torch.no_grad():
-            for name in self.slots:
-                for kind, target, source in (("lora_A", self.a_rd(name), a_rd[name]), ("lora_B", self.b_rn(name).t(), b_nr[name])):
-                    if target.shape != source.shape:
-                        raise AttachError(f"{name}: {kind} has shape {tuple(source.shape)}, this run needs {tuple(target.shape)}")
-                    target.copy_(source)
+            for _, target, source in pairs:
+                target.copy_(source)
 
 
 def attach(
@@ -111,6 +116,8 @@ def attach(
     model.requires_grad_(False)
     layers = projections(model)
     ranks = {spec.name: spec for spec in specs if spec.rank}
+    if unknown := sorted(ranks.keys() - layers.keys()):
+        raise AttachError(f"{unknown[0]} is not a linear layer of {type(model).__name__}; the adapter is for another model")
     member_lists = [group for group in input_groups(model, layers) if any(name in ranks for name in group)]
     a_offsets, end_of_a = _offsets(member_lists, ranks, {name: layer.in_features for name, layer in layers.items()}, 0)
     b_offsets, end = _offsets(member_lists, ranks, {name: layer.out_features for name, layer in layers.items()}, end_of_a)
@@ -194,7 +201,8 @@ def _build_group(
     members = [slots[name] for name in names if name in slots]
     total_rank, width = sum(slot.rank for slot in members), members[0].in_features
     size_b = sum(slot.rank * slot.out_features for slot in members)
-    a_rd = flat.parameter(members[0].a_offset, total_rank, width).requires_grad_(not freeze_a)
+    a_rd = flat.parameter(members[0].a_offset, total_rank, width)
+    a_rd.requires_grad_(not freeze_a)
     b_flat = flat.parameter(members[0].b_offset, size_b)
     mask = None if flat.mask is None else flat.mask[members[0].b_offset :][:size_b]
     group = LoraGroup(

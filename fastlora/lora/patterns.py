@@ -76,7 +76,8 @@ def _hits(key: str, names: Sequence[str], where: str) -> list[str]:
     hits = [name for name in names if expression.fullmatch(name)]
     if not hits:
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ConfigError(f"{where}: {key!r} matches no linear module. Modules end in {', '.join(ends)}; the first is {names[0]}")
+        kind = "linear" if where == "lora.target_modules" else "target"
+        raise ConfigError(f"{where}: {key!r} matches no {kind} module. Modules end in {', '.join(ends)}; the first is {names[0]}")
     return hits
 
 
