@@ -12,12 +12,13 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOTrainer
 
 from fastlora.config import LoraConfig, LossConfig
@@ -223,4 +224,16 @@ def measure_tiny(dtype: torch.dtype) -> tuple[Errors, Errors]:
         lambda seed: make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30), completions=(24, 1, 17, 9, 40, 33)),
         seeds=range(8),
         std=0.05,
+    )
+
+
+def measure_smollm2(folder: Path, dtype: torch.dtype) -> tuple[Errors, Errors]:
+    """(ours, PEFT + TRL's) on all 30 layers of the real SmolLM2-135M, two short batches, the magnitudes of a trained adapter."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return measure(
+        lambda seed: model,
+        LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0}),
+        lambda seed: make_batch(model.config.vocab_size, seed, prompts=(11, 17, 3, 8), completions=(24, 13, 31, 26)),
+        seeds=(0, 1),
+        std=0.01,
     )

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fastlora import policy
-from fastlora.config import LoraConfig
 from fastlora.ops.registry import implementation_counts
 from tests.parity import fast_path
 from tests.parity.fast_path import Errors
@@ -56,14 +54,4 @@ def test_errs_no_more_than_peft_and_trl(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_errs_no_more_than_peft_and_trl_on_smollm2(packaged_model: Path, dtype: torch.dtype) -> None:
-    """All 30 layers at their real widths, uneven ranks, one short batch."""
-    model = AutoModelForCausalLM.from_pretrained(packaged_model, dtype=dtype).eval()
-    config = LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0})
-    ours, theirs = fast_path.measure(
-        lambda _: model,
-        config,
-        lambda seed: fast_path.make_batch(model.config.vocab_size, seed, prompts=(11, 7, 3), completions=(12, 5, 9)),
-        seeds=(0,),
-        std=0.01,
-    )
-    _assert_no_worse(ours, theirs)
+    _assert_no_worse(*fast_path.measure_smollm2(packaged_model, dtype))
