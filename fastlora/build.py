@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def load_into(adapter: PackedAdapter, folder: Path, lora: LoraConfig) -> None:
     saved = load_adapter(folder)
     for spec in saved.specs:
         slot = adapter.slots.get(spec.name)
-        if slot is not None and (slot.rank, slot.scale) != (spec.rank, spec.scale):
+        # The file holds alpha, not s: alpha / r may miss s by its last bit.
+        if slot is not None and (slot.rank != spec.rank or not math.isclose(slot.scale, spec.scale, rel_tol=1e-12)):
             raise AttachError(
                 f"{spec.name}: {folder} has rank {spec.rank} and s = {spec.scale:.6g}, this run rank {slot.rank} and s = {slot.scale:.6g}; "
                 f"set lora.rank_pattern, lora.alpha_pattern and lora.scaling ({lora.scaling}) alike"

@@ -19,3 +19,7 @@ FP32_LOGPROB = 1e-5
 FP32_ADVANTAGE = 1e-5
 """Error of a float32 advantage of order 1: mean, difference, variance, root and ratio of some tens of numbers, 2^-24 = 6e-8 each, the
 difference with cancellation by up to the ratio of mean and deviation; a hundred roundings."""
+
+RMSNORM_IN_FP32 = 1e-5
+"""Two orders of the same sums in an fp64 model of transformers: its norms and rotary angles are float32 even there (2^-24 = 6e-8), a few
+dozen of them on the way; gradients of the packed adapter are kept in float32 too."""

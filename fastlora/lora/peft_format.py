@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -51,7 +52,7 @@ class AdapterFile:
 def save_adapter(adapter: PackedAdapter, folder: Path, *, base_model: str, scaling: str) -> None:
     """Writes the adapter so that PEFT's `PeftModel.from_pretrained(model, folder)` computes the same logits.
 
-    scaling: `lora.scaling` of the run; alpha/sqrt(r) becomes use_rslora, everything else an alpha with alpha/r = s in the last bit.
+    scaling: `lora.scaling` of the run; alpha/sqrt(r) becomes use_rslora, everything else an alpha with alpha/r = s.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -90,12 +91,12 @@ def _anchored(name: str) -> str:
 
 
 def _alpha_for(scale: float, rank: int) -> float:
-    """The alpha nearest to s·r for which alpha / r gives the very bits of s."""
+    """The alpha for which PEFT's alpha / r is s, or a neighbour of s with the same float32 bits where no double gives s itself
+    (0.7 · 3 / 3); float32 is what multiplies the tensors. One of three fits: they lie on both sides of s.
+    """
     alpha = scale * rank
-    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
-        if candidate / rank == scale:
-            return candidate
-    raise AssertionError(f"no float alpha with alpha / {rank} == {scale!r}")  # division by an integer is monotone: one of three fits
+    candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return min(candidates, key=lambda a: (np.float32(a / rank) != np.float32(scale), abs(a / rank - scale)))
 
 
 def load_adapter(folder: Path) -> AdapterFile:
@@ -119,7 +120,8 @@ def load_adapter(folder: Path) -> AdapterFile:
     for name, a in a_rd.items():
         rank = int(a.shape[0])
         if b_nr[name].shape[1] != rank or _lookup(config, "rank_pattern", config["r"], name, folder) != rank:
-            raise AdapterFileError(f"{folder}: {name} has A {tuple(a.shape)}, B {tuple(b_nr[name].shape)} and another rank in {CONFIG_FILE}")
+            shapes = f"A {tuple(a.shape)}, B {tuple(b_nr[name].shape)}"
+            raise AdapterFileError(f"{folder}: {name} has {shapes} and another rank in {CONFIG_FILE}")
         alpha = float(_lookup(config, "alpha_pattern", config["lora_alpha"], name, folder))
         specs.append(ModuleSpec(name, rank, alpha, scale_of(alpha, rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")))
     return AdapterFile(str(config.get("base_model_name_or_path")), tuple(specs), a_rd, b_nr)
@@ -131,25 +133,49 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise AdapterFileError(f"{folder}: no {file}; give the folder of a saved adapter, such as runs/NAME/adapter")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise AdapterFileError(f"{folder / CONFIG_FILE} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{folder / CONFIG_FILE} is damaged: a JSON object is needed, not {type(config).__name__}")
     try:
         return config, load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise AdapterFileError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from None
 
 
+_PLAIN: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    **dict.fromkeys(("use_dora", "fan_in_fan_out", "use_qalora", "lora_bias")),
+    **dict.fromkeys(("modules_to_save", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config")),
+}
+"""Fields of PEFT 0.21's LoraConfig under which y is not W x + s B A x, and the value (or nothing at all) that keeps it so."""
+
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Those of `init_lora_weights` that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ subtract the initial B·A from them."""
+
+
 def _refuse_unserved(config: Mapping[str, Any], folder: Path) -> None:
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
-    for key, needed in plain.items():
-        if (config.get(key, needed) or None) != (needed or None):
+    for key in ("r", "lora_alpha"):
+        if key not in config:
+            raise AdapterFileError(f"{folder / CONFIG_FILE} has no {key}; it is not the config of a LoRA adapter")
+    for key, needed in _PLAIN.items():
+        if (config.get(key, needed) or None) != needed:
             raise AdapterFileError(f"{folder / CONFIG_FILE}: {key} = {config[key]!r}; only plain LoRA ({key} = {needed!r}) is served")
+    if (start := config.get("init_lora_weights")) not in _INITIALISATIONS:
+        raise AdapterFileError(
+            f"{folder / CONFIG_FILE}: init_lora_weights = {start!r} changes the base weights; convert the adapter to plain LoRA with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _lookup(config: Mapping[str, Any], field: str, default: Any, name: str, folder: Path) -> Any:
     """PEFT's value for a module, refused when its keys disagree (PEFT would let their order decide)."""
     pattern = config.get(field) or {}
-    hits = {key: pattern[key] for key in pattern if re.match(rf"(.*\.)?({key})$", name)}
+    try:
+        hits = {key: pattern[key] for key in pattern if re.match(rf"(.*\.)?({key})$", name)}
+    except re.error as error:
+        raise AdapterFileError(f"{folder / CONFIG_FILE}: {field} has a key that is no regular expression: {error}") from None
     if len(set(hits.values())) > 1:
         raise AdapterFileError(f"{folder / CONFIG_FILE}: {field} keys {', '.join(map(repr, hits))} disagree about {name}")
     return next(iter(hits.values()), default)
