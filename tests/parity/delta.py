@@ -23,9 +23,7 @@ class Delta:
 
     def __add__(self, other: Delta) -> Delta:
         """Both comparisons together."""
-        return Delta(
-            self.numbers + other.numbers, max(self.max_abs, other.max_abs), max(self.max_ulp, other.max_ulp)
-        )
+        return Delta(self.numbers + other.numbers, max(self.max_abs, other.max_abs), max(self.max_ulp, other.max_ulp))
 
 
 def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Delta:

@@ -198,7 +198,11 @@ def errors(results: Sequence[Result], truths: Sequence[Result]) -> Errors:
 
 
 def measure(
-    make_model: Callable[[int], PreTrainedModel], config: LoraConfig, make_batch: Callable[[int], TrainBatch], seeds: Sequence[int], std: float
+    make_model: Callable[[int], PreTrainedModel],
+    config: LoraConfig,
+    make_batch: Callable[[int], TrainBatch],
+    seeds: Sequence[int],
+    std: float,
 ) -> tuple[Errors, Errors]:
     """(ours, PEFT + TRL's) on `make_model`'s models, in their dtype."""
     ours, theirs, truths = [], [], []

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
@@ -30,6 +30,7 @@ from fastlora.batches import policy_batch, with_policies
 from fastlora.config import AdvantageConfig, LoraConfig, LossConfig
 from fastlora.losses.policy import policy_loss
 from fastlora.ops.registry import use_implementation
+from fastlora.packaged_model import packaged_model_folder
 from fastlora.policy import score
 from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import Example, Rollout, TrainBatch
@@ -45,6 +46,8 @@ LOSS_TYPES = get_args(LossConfig.model_fields["loss_type"].annotation)
 LEVELS = get_args(LossConfig.model_fields["importance_sampling_level"].annotation)
 SCALES = get_args(AdvantageConfig.model_fields["scale_rewards"].annotation)
 BETAS = (0.0, 0.05)
+SMOLLM2 = "SmolLM2-135M"
+"""Begins the name of the case that needs the packaged model, and some seconds."""
 SPLITS = (1, 2)
 """Micro-batches per optimizer step."""
 
@@ -129,6 +132,8 @@ class Rig:
     twins: Twins
     temperature: float
     recording: Recording
+    policy_noise: float
+    """Standard deviation of the noise in the adapters of the recorded policies."""
 
 
 def lora() -> LoraConfig:
@@ -183,13 +188,29 @@ def record_unpadded() -> Recording:
     return Recording(tuple(map(tuple, tokens_np.tolist())), tuple(map(tuple, tokens_nt.tolist())), rewards_n)
 
 
+POLICY_NOISE = 0.06
+"""On the tiny models: more than 5 % of tokens beyond each clip bound, and not all of them."""
+
+
 def make_rig(temperature: float = 1.0, recording: Recording | None = None, **args: Any) -> Rig:
-    """A trainer and its twin, with the same random A and B."""
-    recording = recording or record()
-    trainer = make_trainer(make_tiny_model(), lora(), lambda: recording, temperature=temperature, **args)
-    twins = make_twins(make_tiny_model(), lora())
+    """A trainer on a tiny Llama and its twin, with the same random A and B."""
+    return _rig(make_tiny_model(), lora(), temperature, recording or record(), POLICY_NOISE, std=0.05, **args)
+
+
+def smollm2_rig() -> Rig:
+    """The real SmolLM2-135M, all 30 layers at their real widths, uneven ranks."""
+    model = AutoModelForCausalLM.from_pretrained(packaged_model_folder(), dtype=torch.float32).eval()
+    ranks = {"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0, "layers.10.self_attn.v_proj": 17}
+    return _rig(model, LoraConfig(r=8, lora_alpha=16.0, rank_pattern=ranks), 1.0, record(), policy_noise=0.003, std=0.01)
+
+
+def _rig(
+    model: PreTrainedModel, config: LoraConfig, temperature: float, recording: Recording, policy_noise: float, std: float, **args: Any
+) -> Rig:
+    twins = make_twins(model, config, std=std)
+    trainer = make_trainer(model, config, lambda: recording, temperature=temperature, **args)
     copy_to_peft(twins.adapter, trainer.model)
-    return Rig(trainer, replace(twins, theirs=trainer.model), temperature, recording)
+    return Rig(trainer, replace(twins, theirs=trainer.model), temperature, recording, policy_noise)
 
 
 @cache
@@ -227,15 +248,11 @@ def recorded_logp(trainer: GRPOTrainer, inputs: dict[str, Tensor], std: float, s
     return logp_nt
 
 
-POLICY_NOISE = 0.06
-"""Noise of the behaviour and reference adapters: more than 5 % of tokens beyond each clip bound, and not all of them."""
-
-
 def trl_inputs(rig: Rig) -> dict[str, Tensor]:
     """What TRL's loop would hand to its loss, from its own code; then the recorded policies in place of its own."""
     inputs = rig.trainer._generate_and_score_completions([{"prompt": "0"}] * len(rig.recording.completions))
-    inputs["old_per_token_logps"] = recorded_logp(rig.trainer, inputs, POLICY_NOISE, seed=5)
-    inputs["ref_per_token_logps"] = recorded_logp(rig.trainer, inputs, POLICY_NOISE, seed=6)
+    inputs["old_per_token_logps"] = recorded_logp(rig.trainer, inputs, rig.policy_noise, seed=5)
+    inputs["ref_per_token_logps"] = recorded_logp(rig.trainer, inputs, rig.policy_noise, seed=6)
     return inputs
 
 
@@ -323,4 +340,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Delta]]]:
     for option in OPTIONS:
         yield f"all loss types, {option}", lambda option=option: _option_case(option)
     yield "all loss types, temperature 0.7", lambda: _option_case("temperature", 0.7)
+    yield (
+        f"{SMOLLM2}, uneven ranks, dapo, β = 0.05, two micro-batches",
+        lambda: loss_delta(smollm2_rig(), loss_config("dapo", beta=0.05), AdvantageConfig(), 2),
+    )
     yield "dapo, β = 0.05, no padding, truncated completions masked or not, 1, 2 and 12 micro-batches", _unpadded_case
