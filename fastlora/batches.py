@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.model import BaseModel
+from fastlora.prompt import encode
 from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import Example, Rollout, TrainBatch
 
@@ -39,9 +40,9 @@ def with_policies(batch: TrainBatch, old_logp_nt: Tensor | None, ref_logp_nt: Te
 
 def completion_batch(examples: Sequence[Example], model: BaseModel) -> TrainBatch:
     """Supervised record: each example's prompt and its completion, ended by eos. Advantages are not used."""
-    encode = model.tokenizer.encode
-    prompts = [torch.tensor(encode(example.prompt, add_special_tokens=False)) for example in examples]
-    targets = [torch.tensor([*encode(example.completion, add_special_tokens=False), model.eos_ids[0]]) for example in examples]
+    prompts = [torch.tensor(ids) for ids in encode(model.tokenizer, [example.prompt for example in examples])]
+    completions = model.tokenizer([example.completion for example in examples], add_special_tokens=False).input_ids
+    targets = [torch.tensor([*ids, model.eos_ids[0]]) for ids in completions]
     prompt_ids, prompt_mask = (tensor.to(model.device) for tensor in pad_left(prompts, model.pad_id))
     ids, mask = (tensor.to(model.device) for tensor in pad_right(targets, model.pad_id, torch.long))
     zeros = torch.zeros(len(examples), 1, device=model.device)

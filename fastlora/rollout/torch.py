@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastlora.model import BaseModel
+from fastlora.prompt import encode
 from fastlora.rollout.sampler import SamplingParams, pad_left, pad_right
 from fastlora.types import Example, Rollout
 
@@ -53,8 +54,7 @@ class TorchSampler:
     @torch.no_grad()
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """See rollout.sampler.Sampler."""
-        encode = self._model.tokenizer.encode
-        prompts = [torch.tensor(encode(example.prompt, add_special_tokens=False)) for example in examples]
+        prompts = [torch.tensor(ids) for ids in encode(self._model.tokenizer, [example.prompt for example in examples])]
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts) * params.num_generations, params.max_completion_length, generator=generator, dtype=torch.float64)
         per_batch = max(1, self._batch_size // params.num_generations)

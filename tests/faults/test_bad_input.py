@@ -25,7 +25,7 @@ def output_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "unknown key": ({"optim.learning_rate": "1e-4"}, "optim.learning_rate: unknown key"),
-    "pattern hits nothing": ({"lora.rank_pattern": "{ qq_proj = 3 }"}, "'qq_proj' matches no linear module"),
+    "pattern hits nothing": ({"lora.rank_pattern": "{ qq_proj = 3 }"}, "'qq_proj' matches no target module"),
     "pattern hits twice": (
         {"lora.rank_pattern": '{ q_proj = 3, "layers.0.self_attn.q_proj" = 2 }'},
         "model.layers.0.self_attn.q_proj is matched by two keys",
@@ -132,7 +132,7 @@ def test_existing_run_is_never_overwritten(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.fixture
-def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     """A run that ended at step 3 of 6 by a full disk, with checkpoints of steps 1 and 2."""
     import fastlora.trainer as trainer
 
@@ -195,12 +195,12 @@ def test_reward_that_raises_ends_the_run_resumably(tmp_path: Path, capsys: pytes
     reward = tmp_path / "reward.py"
     good = reward.read_text()
     calls = tmp_path / "calls"
-    # The first call is the evaluation, the third the second step's: it fails once.
+    # One call per prompt: 4 of the evaluation, 2 of the first step; the second step's first one fails, once.
     reward.write_text(
         good.replace(
             "    return",
             f"    with open({str(calls)!r}, 'a') as f: f.write('x')\n"
-            f"    if len(open({str(calls)!r}).read()) == 3: raise ZeroDivisionError('planted')\n    return",
+            f"    if len(open({str(calls)!r}).read()) == 7: raise ZeroDivisionError('planted')\n    return",
         )
     )
     assert run(config, "--name", "a") == 1
@@ -211,12 +211,13 @@ def test_reward_that_raises_ends_the_run_resumably(tmp_path: Path, capsys: pytes
     assert RunSummary.read(tmp_path / "runs" / "a").steps == 4
 
 
-def test_reward_that_hangs_scores_zero_and_is_counted(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **{"reward.timeout": "0.1", "trainer.steps": "1", "eval.num_problems": "1"})
+def test_reward_that_always_hangs_ends_the_run_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that hangs now and then scores 0 and is counted: tests/rewards/test_sandbox.py."""
+    config = write_config(tmp_path, **{"reward.timeout": "0.1"})
     (tmp_path / "reward.py").write_text("import time\ndef digits(texts, examples):\n    time.sleep(3600)\n")
-    assert run(config, "--name", "a") == 0
-    row = json.loads((tmp_path / "runs" / "a" / "metrics.jsonl").read_text())
-    assert row["reward/timeouts"] == 8 and row["reward/mean"] == 0
+    assert run(config, "--name", "a") == 1
+    output = output_of(capsys)
+    assert "RewardError" in output and "reward.py:digits" in output and "reward.timeout" in output
 
 
 def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
