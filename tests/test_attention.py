@@ -1,0 +1,72 @@
+"""attention: SDPA as transformers runs it without cu_seqlens; with them, each sequence causally to itself alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora.attention import ATTENTION, PREPARED_MASK, _attention
+from tests.tiny import TINY_FAMILIES, make_tiny_model
+from tests.tolerances import FP64_EXACT
+
+HEADS, KV_HEADS, WIDTH = 6, 2, 8
+LENGTHS = (1, 7, 2, 13)
+CU_SEQLENS = (0, 1, 8, 10, 23)
+
+
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """[T, H, e] by one softmax per token and head: token i of a sequence sees tokens max(0, i − window + 1) to i of it."""
+    output = torch.empty(sum(LENGTHS), HEADS, WIDTH, dtype=query.dtype)
+    for start, end in itertools.pairwise(CU_SEQLENS):
+        for i in range(start, end):
+            first = start if window is None else max(start, i - window + 1)
+            for head in range(HEADS):
+                kv = head // (HEADS // KV_HEADS)
+                weights = torch.softmax(scaling * (key[0, kv, first : i + 1] @ query[0, head, i]), 0)
+                output[i, head] = weights @ value[0, kv, first : i + 1]
+    return output
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 13, 14])
+def test_packed_attention(window: int | None, scaling: float | None) -> None:
+    query, key, value = (torch.randn(1, heads, sum(LENGTHS), WIDTH, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    module = torch.nn.Module()
+    got, weights = _attention(module, query, key, value, None, cu_seqlens=CU_SEQLENS, scaling=scaling, sliding_window=window)
+    expected = _by_hand(query, key, value, 1 / math.sqrt(WIDTH) if scaling is None else scaling, window)
+    assert weights is None and got.shape == (1, sum(LENGTHS), HEADS, WIDTH)
+    assert float((got[0] - expected).abs().max()) < FP64_EXACT
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_without_cu_seqlens_it_is_transformers_sdpa_to_the_bit(family: str, window: int | None) -> None:
+    """Padded, with and without a mask; generation needs it too."""
+    model = make_tiny_model(family, **({"sliding_window": window} if family == "mistral" else {}))
+    ids = torch.arange(3, 33).reshape(3, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :9] = 0
+    results = []
+    for implementation in ("sdpa", ATTENTION):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append((model(ids, attention_mask=mask).logits, model(ids).logits))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_the_prepared_mask_is_never_read() -> None:
+    """NaN in it changes nothing; it only keeps transformers from building a mask of T × T."""
+    model = make_tiny_model("mistral", sliding_window=3)
+    model.set_attn_implementation(ATTENTION)
+    ids, arguments = torch.arange(3, 13)[None], {"cu_seqlens": (0, 4, 10), "use_cache": False}
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        plain, poisoned = (
+            model(ids, position_ids=positions, attention_mask=mask, **arguments).logits
+            for mask in (PREPARED_MASK, torch.full_like(PREPARED_MASK, torch.nan))
+        )
+    assert torch.equal(plain, poisoned) and bool(plain.isfinite().all())
