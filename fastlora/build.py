@@ -147,7 +147,7 @@ def attach_saved(model: BaseModel, folder: Path) -> PackedAdapter:
 def _training_sampler(config: RunConfig, sampler: TorchSampler) -> Sampler:
     """The sampler of the training rollouts: live, replayed, or live and recorded."""
     if config.rollout.replay_path:
-        return ReplaySampler(config.rollout.replay_path)
+        return ReplaySampler(config.rollout.replay_path, sampler.device)
     if config.rollout.record_path:
         return RecordingSampler(sampler, config.rollout.record_path)
     return sampler

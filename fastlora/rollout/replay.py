@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -35,23 +36,23 @@ def write_rollout(rollout: Rollout, path: Path) -> None:
     atomic_write_bytes(path, save(tensors, metadata={"rollout": json.dumps(record)}))
 
 
-def read_rollout(path: Path) -> Rollout:
-    """Reads a rollout. Raises SamplerError when the file is missing or damaged."""
+def read_rollout(path: Path, device: torch.device | str = "cpu") -> Rollout:
+    """Reads a rollout; its tensors on `device`. Raises SamplerError when the file is missing or damaged."""
     if not path.is_file():
         raise SamplerError(f"{path}: no recorded rollout; the recording has fewer steps, or another schedule, than this run")
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["rollout"])
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:  # TypeError: a file without metadata
+            tensors = {name: file.get_tensor(name).to(device) for name in TENSORS}
+        return Rollout(
+            examples=tuple(Example(**example) for example in record["examples"]),
+            num_generations=record["num_generations"],
+            texts=tuple(record["texts"]),
+            adapter_version=record["adapter_version"],
+            **tensors,
+        )
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:  # TypeError: no metadata, or of another version
         raise SamplerError(f"{path} is damaged, or no recorded rollout: {error}") from None
-    return Rollout(
-        examples=tuple(Example(**example) for example in record["examples"]),
-        num_generations=record["num_generations"],
-        texts=tuple(record["texts"]),
-        adapter_version=record["adapter_version"],
-        **tensors,
-    )
 
 
 class RecordingSampler:
@@ -70,17 +71,21 @@ class RecordingSampler:
 class ReplaySampler:
     """Delivers recorded rollouts, whatever the policy is now: for parity tests and benchmarks."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises SamplerError when the folder holds no recording."""
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """device: where the trainer wants the tensors. Raises SamplerError when the folder holds no recording."""
         if not any(folder.glob("rollout-*.safetensors")):
-            raise SamplerError(f"rollout.replay_path = {str(folder)!r} holds no rollout-*.safetensors; record one with rollout.record_path")
-        self._folder = folder
+            raise SamplerError(
+                f"rollout.replay_path = {str(folder)!r} holds no rollout-*.safetensors; record one with rollout.record_path"
+            )
+        self._folder, self._device = folder, device
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """The recorded rollout of this adapter version. Raises SamplerError when it is of other problems or another group size."""
         path = rollout_file(self._folder, adapter_version)
-        rollout = read_rollout(path)
+        rollout = read_rollout(path, self._device)
         recorded = ([example.prompt for example in rollout.examples], rollout.num_generations)
         if recorded != ([example.prompt for example in examples], params.num_generations):
-            raise SamplerError(f"{path} was recorded for other prompts or another rollout.num_generations; replay with the recording's data and seed")
+            raise SamplerError(
+                f"{path} was recorded for other prompts or another rollout.num_generations; replay with the recording's data and seed"
+            )
         return rollout

@@ -51,6 +51,11 @@ class TorchSampler:
         """batch_size: completions decoded together (memory: their KV cache)."""
         self._model, self._batch_size = model, batch_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of its rollouts are."""
+        return self._model.device
+
     @torch.no_grad()
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """See rollout.sampler.Sampler."""
