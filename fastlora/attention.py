@@ -32,21 +32,38 @@ def _attention(
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...], scaling: float | None, window: int | None) -> Tensor:
-    """query [1, H, T, e], key and value [1, K, T, e] -> [1, T, H, e]; sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=_band(q, window), is_causal=_band(q, window) is None, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    """query [1, H, T, e], key and value [1, K, T, e] -> [1, T, H, e]; sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
+
+    Neighbours of equal length run as one batch, which costs no copy: 64 sums are 10 calls a layer instead of 64.
+    """
+    outputs = []
+    for start, count, length in equal_runs(cu_seqlens):
+        q, k, v = (
+            tensor[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
+        )
+        mask = _band(length, window, query.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
-def _band(query: Tensor, window: int | None) -> Tensor | None:
+def equal_runs(cu_seqlens: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(first token, sequences, length) of every run of neighbours of equal length."""
+    runs: list[tuple[int, int, int]] = []
+    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        if runs and runs[-1][2] == end - start:
+            first, count, length = runs.pop()
+            runs.append((first, count + 1, length))
+        else:
+            runs.append((start, 1, end - start))
+    return runs
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """bool [q, k] of a sliding window, or None where it does not bite and plain causal attention is the same."""
-    length = query.shape[2]
     if window is None or length <= window:
         return None
-    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -40,7 +40,7 @@ class PackedTokens:
 
 
 def pack(batch: TrainBatch) -> PackedTokens:
-    """The batch without its padding; samples without completion tokens vanish.
+    """The batch without its padding, shorter samples first (equal lengths attend as one batch); those without completion tokens vanish.
 
     Raises ValueError for a sample without prompt tokens: nothing would predict its first completion token.
     """
@@ -49,7 +49,8 @@ def pack(batch: TrainBatch) -> PackedTokens:
     device = batch.completion_ids_nt.device
     ids, positions, predictors, targets, cells, cu_seqlens = [], [], [], [], [], [0]
     width = batch.completion_ids_nt.shape[1]
-    for n in range(len(batch)):
+    lengths = (batch.prompt_mask_np.sum(1) + batch.completion_mask_nt.sum(1)).tolist()
+    for n in sorted(range(len(batch)), key=lengths.__getitem__):
         prompt = batch.prompt_ids_np[n][batch.prompt_mask_np[n]]
         columns = batch.completion_mask_nt[n].nonzero().squeeze(1)
         if not len(columns):

@@ -12,13 +12,16 @@ from tests.batches import RAGGED, make_batch
 from tests.tiny import EOS_ID
 
 
+PACKED_ORDER = sorted((n for n, (_, completion) in enumerate(RAGGED) if completion), key=lambda n: sum(RAGGED[n]))
+"""Samples with completion tokens, shorter ones first, equal ones as they came."""
+
+
 def test_rows_are_concatenated_without_padding() -> None:
     """Each sequence is its prompt and its completion without the last token, at positions from 0; empty completions vanish."""
     batch = make_batch()
     packed = pack(batch)
-    kept = [n for n, (_, completion) in enumerate(RAGGED) if completion]
-    assert packed.cu_seqlens == tuple(torch.tensor([0, *(sum(RAGGED[n]) - 1 for n in kept)]).cumsum(0).tolist())
-    for start, end, n in zip(packed.cu_seqlens, packed.cu_seqlens[1:], kept, strict=False):
+    assert packed.cu_seqlens == tuple(torch.tensor([0, *(sum(RAGGED[n]) - 1 for n in PACKED_ORDER)]).cumsum(0).tolist())
+    for start, end, n in zip(packed.cu_seqlens, packed.cu_seqlens[1:], PACKED_ORDER, strict=False):
         prompt = batch.prompt_ids_np[n][batch.prompt_ids_np.shape[1] - RAGGED[n][0] :]
         tokens = [*prompt.tolist(), *batch.completion_ids_nt[n][: RAGGED[n][1] - 1].tolist()]
         assert packed.input_ids_t[start:end].tolist() == tokens
@@ -31,12 +34,11 @@ def test_each_target_is_predicted_by_the_token_before_it() -> None:
     batch = make_batch()
     packed = pack(batch)
     flat_ids, flat_mask = batch.completion_ids_nt.flatten(), batch.completion_mask_nt.flatten()
-    assert packed.cells_c.tolist() == flat_mask.nonzero().squeeze(1).tolist()
+    assert sorted(packed.cells_c.tolist()) == flat_mask.nonzero().squeeze(1).tolist()
     assert torch.equal(packed.targets_c, flat_ids[packed.cells_c])
     whole = [
-        [*batch.prompt_ids_np[n][batch.prompt_mask_np[n]].tolist(), *batch.completion_ids_nt[n][:length].tolist()]
-        for n, (_, length) in enumerate(RAGGED)
-        if length
+        [*batch.prompt_ids_np[n][batch.prompt_mask_np[n]].tolist(), *batch.completion_ids_nt[n][: RAGGED[n][1]].tolist()]
+        for n in PACKED_ORDER
     ]
     following = torch.tensor([token for sequence in whole for token in sequence[1:]])
     assert torch.equal(following[packed.predictors_c], packed.targets_c)
@@ -56,7 +58,7 @@ def test_unpack_puts_values_back_and_lets_gradients_through() -> None:
     values = torch.arange(1.0, 1 + len(packed.targets_c), requires_grad=True)
     rectangle = packed.unpack(values)
     assert rectangle.shape == batch.completion_mask_nt.shape
-    assert torch.equal(rectangle[batch.completion_mask_nt], values) and not rectangle[~batch.completion_mask_nt].any()
+    assert torch.equal(rectangle.flatten()[packed.cells_c], values) and not rectangle[~batch.completion_mask_nt].any()
     rectangle.square().sum().backward()
     assert torch.equal(values.grad, 2 * values.detach())
 
