@@ -16,7 +16,7 @@ from fastlora.ops.registry import use_implementation
 from fastlora.policy import score, score_packed, score_padded
 from fastlora.types import TrainBatch
 from tests.batches import RAGGED, make_batch
-from tests.exact import make_exact_model
+from tests.exact import make_exact_model, score_one_by_one
 from tests.lora.adapters import attach_uneven
 from tests.tiny import EOS_ID, TINY_FAMILIES, make_tiny_model
 from tests.tolerances import FP64_EXACT
@@ -42,22 +42,6 @@ def _exact(case: str) -> PreTrainedModel:
     return model
 
 
-def _one_by_one(model: PreTrainedModel, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """(logp_nt, entropy_nt) from the logits of each sequence alone, unpadded, by transformers' SDPA (its eager softmax is float32)."""
-    model.set_attn_implementation("sdpa")
-    logp_nt = torch.zeros(batch.completion_ids_nt.shape, dtype=torch.float64)
-    entropy_nt = logp_nt.clone()
-    for n in range(len(batch)):
-        prompt, completion = batch.prompt_ids_np[n][batch.prompt_mask_np[n]], batch.completion_ids_nt[n][batch.completion_mask_nt[n]]
-        if len(completion):
-            logits = model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-            log_p = torch.log_softmax(logits / TEMPERATURE, -1)
-            logp_nt[n, : len(completion)] = log_p.gather(1, completion[:, None]).squeeze(1)
-            entropy_nt[n, : len(completion)] = -(log_p.exp() * log_p).sum(-1)
-    model.set_attn_implementation(ATTENTION)
-    return logp_nt, entropy_nt
-
-
 def _close(got: Tensor, expected: Tensor) -> bool:
     return got.shape == expected.shape and bool(((got - expected).abs() <= FP64_EXACT * expected.abs().max().clamp(min=1)).all())
 
@@ -68,7 +52,7 @@ def test_log_probabilities_and_entropies(case: str, layout: str) -> None:
     """Ragged prompts and completions, empty ones and single tokens among them; 0 where there is no token."""
     model, batch = _exact(case), make_batch()
     with torch.no_grad():
-        expected = _one_by_one(model, batch)
+        expected = score_one_by_one(model, batch, TEMPERATURE)
         got = LAYOUTS[layout](model, batch, TEMPERATURE)
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == torch.float64 and _close(ours, theirs)
@@ -88,8 +72,8 @@ def test_gradients(case: str) -> None:
     leaf.requires_grad_(True)
     weights = torch.randn(2, *batch.completion_ids_nt.shape, dtype=torch.float64)
     gradients = []
-    for run in (_one_by_one, lambda m, b: score_packed(m, b, TEMPERATURE), lambda m, b: score_padded(m, b, TEMPERATURE)):
-        logp, entropy = run(model, batch)
+    for run in (score_one_by_one, score_packed, score_padded):
+        logp, entropy = run(model, batch, TEMPERATURE)
         gradients.append(torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), leaf)[0])
     assert gradients[0].any() and all(_close(gradient, gradients[0]) for gradient in gradients[1:])
 

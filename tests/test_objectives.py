@@ -1,0 +1,238 @@
+"""Objectives on tiny models in fp64: what is collected, and the loss and gradient against torch's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fastlora.config import RunConfig
+from fastlora.lora.packed import PackedAdapter
+from fastlora.model import BaseModel, wrap_model
+from fastlora.objectives import PolicyObjective, SupervisedObjective, derived_seed
+from fastlora.rewards.deposits import Rewarded, deposit_at_end
+from fastlora.rollout.replay import RecordingSampler, ReplaySampler
+from fastlora.rollout.sampler import Sampler
+from fastlora.rollout.torch import TorchSampler
+from fastlora.types import Example, Rollout, TrainBatch
+from tests.exact import make_exact_model, score_one_by_one
+from tests.lora.adapters import attach_uneven
+from tests.tolerances import FP32_ADVANTAGE, FP64_EXACT
+
+TEXTS = (("1 + 1 =", " 2"), ("a", ""), ("hello", " world!"), ("2 * 3 is", " 6"))
+EXAMPLES = tuple(Example(i, prompt, "", completion) for i, (prompt, completion) in enumerate(TEXTS))
+EOS = range(40, 80)
+"""So many tokens end a completion that some are cut short and some are not."""
+
+
+def _config(**sections: dict[str, Any] | str) -> RunConfig:
+    defaults: dict[str, Any] = {
+        "rollout": {"num_prompts": 2, "num_generations": 4, "max_completion_length": 6, "temperature": 0.7},
+        "loss": {},
+        "trainer": {},
+    }
+    for name, values in sections.items():
+        defaults[name] = {**defaults[name], **values} if isinstance(values, dict) else values
+    return RunConfig(**defaults)
+
+
+@pytest.fixture
+def model(tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
+    wrapped = wrap_model(make_exact_model("llama"), tiny_tokenizer, "tiny")
+    return BaseModel(wrapped.module, wrapped.tokenizer, wrapped.source, wrapped.device, wrapped.context_length, tuple(EOS), wrapped.pad_id)
+
+
+def _reward(rollout: Rollout) -> Rewarded:
+    """Length of the text, NaN for the first completion of the second prompt."""
+    scores = [float(len(text)) for text in rollout.texts]
+    scores[rollout.num_generations] = float("nan")
+    rewards = torch.tensor(scores)
+    deposits = deposit_at_end([None if s != s else s for s in scores], rollout)
+    return Rewarded(("length",), torch.ones(1), rewards[:, None], deposits, 0)
+
+
+@contextmanager
+def _no_timer(_: str) -> Iterator[None]:
+    yield
+
+
+def _policy(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, sampler: Sampler | None = None) -> PolicyObjective:
+    return PolicyObjective(config, model, adapter, sampler or TorchSampler(model, 64), _reward, EXAMPLES)
+
+
+def _gradient(adapter: PackedAdapter, loss: Tensor) -> Tensor:
+    adapter.flat.grad.zero_()
+    loss.backward()
+    return adapter.flat.grad.clone()
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+FLOAT32 = torch.finfo(torch.float32).eps
+"""The adapter's values and gradients, and the batch's log-probabilities, are float32 beside an fp64 model."""
+
+
+def test_one_step_on_a_replayed_rollout(model: BaseModel, tmp_path: Path) -> None:
+    """Recorded live, replayed: the same batch; loss = −Σ A ρ / N with ρ = 1, its gradient −Σ A ∇logp / N, from plain logits."""
+    adapter, config = attach_uneven(model.module), _config()
+    live = _policy(config, model, adapter, RecordingSampler(TorchSampler(model, 64), tmp_path)).collect(1, 0, _no_timer)
+    objective = _policy(config, model, adapter, ReplaySampler(tmp_path))
+    shares: list[str] = []
+    data = objective.collect(1, 0, lambda name: shares.append(name) or nullcontext())  # type: ignore[func-returns-value]
+    batch = data.batch
+    assert shares == ["sampling", "reward", "update"]
+    for name in TrainBatch.__dataclass_fields__:
+        a, b = getattr(live.batch, name), getattr(batch, name)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    assert batch.old_logp_nt is None and batch.ref_logp_nt is None
+
+    loss, metrics = objective.loss(batch)
+    assert loss.requires_grad and set(metrics) >= {"policy_loss", "entropy", "ratio_mean"} and "entropy_sum" not in metrics
+    gradient = _gradient(adapter, loss)
+    logp_nt, entropy_nt = score_one_by_one(model.module, batch, 0.7)
+    mask, advantages = batch.completion_mask_nt, batch.advantages_nt.double()
+    expected = -(advantages * (logp_nt - logp_nt.detach()).exp() * mask).sum() / mask.sum()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=FLOAT32)
+    assert float(metrics["entropy"]) == pytest.approx(float(entropy_nt.sum() / mask.sum()), rel=FP64_EXACT)
+    assert _relative(gradient, _gradient(adapter, expected)) < FLOAT32
+
+
+def test_advantages_are_the_groups(model: BaseModel) -> None:
+    """(r − mean) / (std + eps) inside each group; an unscorable completion has none, and the samples to read say what happened."""
+    rollouts: list[Rollout] = []
+    reward = lambda rollout: rollouts.append(rollout) or _reward(rollout)  # type: ignore[func-returns-value]  # noqa: E731
+    objective = PolicyObjective(_config(), model, attach_uneven(model.module), TorchSampler(model, 64), reward, EXAMPLES)
+    data = objective.collect(1, 5, _no_timer)
+    (rollout,) = rollouts
+    first = torch.tensor([float(len(text)) for text in rollout.texts[:4]])
+    expected = (first - first.mean()) / (first.std() + 1e-4)
+    assert first.std() > 0 and float((data.batch.advantages_nt[:4, 0] - expected).abs().max()) < FP32_ADVANTAGE
+    assert rollout.adapter_version == 5 and data.metrics["reward/unscorable"] == 1.0
+    assert [(s.prompt, s.completion) for s in data.samples] == [(rollout.examples[i].prompt, rollout.texts[4 * i]) for i in (0, 1)]
+    assert data.samples[0].advantage == pytest.approx(float(expected[0]), abs=FP32_ADVANTAGE)
+    assert data.samples[0].rewards == {"length": first[0].item()}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "stale"),
+    [
+        ({}, False),
+        ({"num_iterations": 2}, True),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, True),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, False),
+    ],
+    ids=str,
+)
+def test_old_log_probabilities_are_kept_where_a_step_comes_between(model: BaseModel, trainer: dict[str, int], stale: bool) -> None:
+    """num_iterations 2: the second pass sees a moved policy, and the ratio says so."""
+    adapter = attach_uneven(model.module)
+    config = _config(trainer=trainer)
+    objective = _policy(config, model, adapter)
+    batch = objective.collect(1, 0, _no_timer).batch
+    assert (batch.old_logp_nt is not None) == stale
+    if batch.old_logp_nt is None:
+        return
+    assert not batch.old_logp_nt.requires_grad
+    behaviour, _ = score_one_by_one(model.module, batch, 0.7)
+    assert float((batch.old_logp_nt - behaviour).abs().max()) < FP64_EXACT
+    with torch.no_grad():
+        adapter.flat.data.mul_(1.5)
+    part = batch.split(config.steps_per_generation)[0]
+    _, metrics = objective.loss(part)
+    moved, _ = score_one_by_one(model.module, part, 0.7)
+    mask = part.completion_mask_nt
+    ratio = ((moved - part.old_logp_nt).exp() * mask).sum() / mask.sum()
+    assert float(metrics["ratio_mean"]) == pytest.approx(float(ratio), rel=FP64_EXACT) and abs(float(ratio) - 1) > 1e-3
+
+
+def test_the_reference_policy_is_the_adapter_off(model: BaseModel) -> None:
+    base = make_exact_model("llama")
+    adapter = attach_uneven(model.module)
+    objective = _policy(_config(loss={"beta": 0.1}), model, adapter)
+    batch = objective.collect(1, 0, _no_timer).batch
+    expected, _ = score_one_by_one(base, batch, 0.7)
+    current, _ = score_one_by_one(model.module, batch, 0.7)
+    assert batch.ref_logp_nt is not None and not batch.ref_logp_nt.requires_grad
+    assert float((batch.ref_logp_nt - expected.detach()).abs().max()) < FP64_EXACT < float((current - expected).detach().abs().max())
+    assert float(objective.loss(batch)[1]["kl"]) > 0
+
+
+def test_truncated_completions_do_not_train_when_masked(model: BaseModel) -> None:
+    objective = _policy(
+        _config(loss={"mask_truncated_completions": True}, rollout={"max_completion_length": 3}), model, attach_uneven(model.module)
+    )
+    data = objective.collect(1, 0, _no_timer)
+    batch, rows = data.batch, data.batch.loss_mask_nt.any(1)
+    cut = data.metrics["completion/truncated"]
+    assert 0 < cut < 1 and int(rows.sum()) == round((1 - cut) * 8)
+    assert batch.num_items_in_batch == int(batch.completion_mask_nt[rows].sum()) < data.num_tokens
+
+
+def test_the_same_step_collects_the_same_data(model: BaseModel) -> None:
+    """A resumed run needs the step alone; another step or seed is other data."""
+    adapter = attach_uneven(model.module)
+    ids = [
+        _policy(_config(seed=seed) if seed else _config(), model, adapter).collect(step, 0, _no_timer).batch.completion_ids_nt.tolist()
+        for step, seed in ((1, 0), (1, 0), (2, 0))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+    seeds = {derived_seed(seed, step) for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds) and derived_seed(3, 7) == derived_seed(3, 7)
+
+
+def test_the_entropy_controller_survives_a_restart(model: BaseModel) -> None:
+    loss = {"use_adaptive_entropy": True, "entropy_target": 50.0, "entropy_coef": 0.01}
+    first = _policy(_config(loss=loss), model, attach_uneven(model.module))
+    assert first.state() == {"coef": 0.01, "last_entropy": None}
+    first.loss(first.collect(1, 0, _no_timer).batch)
+    first.optimizer_stepped()
+    state = first.state()
+    assert state["coef"] == pytest.approx(0.015) and 0 < state["last_entropy"] < 50
+    second = _policy(_config(loss=loss), model, None)
+    for saved in (state, {"coef": 0.01, "last_entropy": None}):
+        second.restore(saved)
+        assert second.state() == saved
+
+
+def _cross_entropy(module: PreTrainedModel, batch: TrainBatch) -> Tensor:
+    """Mean over all target tokens, torch.nn.functional.cross_entropy on the logits of each sequence alone."""
+    logits, targets = [], []
+    for n in range(len(batch)):
+        prompt, completion = batch.prompt_ids_np[n][batch.prompt_mask_np[n]], batch.completion_ids_nt[n][batch.completion_mask_nt[n]]
+        logits.append(module(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
+        targets.append(completion)
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sft_is_the_token_mean_of_cross_entropy(model: BaseModel, accumulation: int) -> None:
+    """Whatever the number of micro-batches: completions of 3, 1, 8 and 3 tokens, so that a mean of means would differ."""
+    adapter = attach_uneven(model.module)
+    config = _config(objective="sft", rollout={"num_prompts": 4}, trainer={"gradient_accumulation_steps": accumulation})
+    objective = SupervisedObjective(config, model, EXAMPLES)
+    data = objective.collect(1, 0, _no_timer)
+    assert data.num_tokens == 3 + 1 + 8 + 3 and sorted(data.batch.completion_mask_nt.sum(1).tolist()) == [1, 3, 3, 8]
+    losses = [objective.loss(part) for part in data.batch.split(accumulation)]
+    total = torch.stack([loss for loss, _ in losses]).sum()
+    expected = _cross_entropy(model.module, data.batch)
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=FP64_EXACT)
+    assert _relative(_gradient(adapter, total), _gradient(adapter, expected)) < FLOAT32
+    assert float(losses[0][1]["nll"]) == pytest.approx(float(_cross_entropy(model.module, data.batch.split(accumulation)[0]).detach()))
+
+
+def test_sft_goes_through_the_examples_once_an_epoch(model: BaseModel) -> None:
+    config = _config(objective="sft", rollout={"num_prompts": 2})
+    objective = SupervisedObjective(config, model, EXAMPLES)
+    seen = [n for step in (1, 2) for n in objective.collect(step, 0, _no_timer).batch.prompt_mask_np.sum(1).tolist()]
+    assert sorted(seen) == sorted(len(e.prompt) for e in EXAMPLES)
+    assert objective.state() == {}
