@@ -6,8 +6,11 @@ before a model is loaded; what depends on the model (a pattern that hits nothing
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,7 +54,10 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The packed variable-rank adapter (PEFT's names and meanings; stricter matching)."""
 
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
     """Patterns of the projections to adapt: exact names, dotted suffixes, or regular expressions."""
     r: Annotated[int, Field(ge=0, le=MAX_RANK)] = 16
     """Rank of every target module that `rank_pattern` does not name; 0 = no adapter there."""
@@ -361,7 +367,8 @@ def _impossibilities(c: RunConfig) -> list[str]:
         ),
         (
             c.method == "full" and c.loss.beta > 0,
-            "loss.beta > 0 needs a reference policy; with method = 'full' the base weights are overwritten. Use method = 'lora' or beta = 0",
+            "loss.beta > 0 needs a reference policy; with method = 'full' the base weights are overwritten. "
+            "Use method = 'lora' or beta = 0",
         ),
     ]
     return [message for bad, message in checks if bad]
@@ -373,10 +380,24 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), description: s
     Raises ConfigError that names file, key and problem; `--help` among the overrides prints every field and exits.
     """
     default = RunConfig() if path is None else _read_toml(path)
+    shown = StringIO()
     try:
-        return tyro.cli(RunConfig, args=list(overrides), default=default, prog="train.py CONFIG.toml", description=description)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, "command line")) from None
+        with redirect_stderr(shown):
+            return tyro.cli(RunConfig, args=list(overrides), default=default, prog="train.py CONFIG.toml", description=description)
+    except SystemExit as stop:
+        refused = _refused_value(stop)
+        if refused is None:  # an option that does not exist or does not parse, in tyro's own words
+            sys.stderr.write(shown.getvalue())
+            raise
+        raise ConfigError(_explain(refused, "command line")) from None
+
+
+def _refused_value(stop: BaseException) -> ValidationError | None:
+    """The pydantic error behind tyro's exit, if that is the reason."""
+    cause = stop.__context__
+    while cause is not None and not isinstance(cause, ValidationError):
+        cause = cause.__context__
+    return cause
 
 
 def _read_toml(path: Path) -> RunConfig:
@@ -391,9 +412,11 @@ def _read_toml(path: Path) -> RunConfig:
 
 
 def _explain(error: ValidationError, where: str) -> str:
+    # tyro builds section by section: an error in one of them names its class and the key inside it.
+    section = [name for name, field in RunConfig.model_fields.items() if getattr(field.annotation, "__name__", None) == error.title]
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "config"
+        key = ".".join([*section, *map(str, item["loc"])]) or "config"
         problem = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         lines.append(f"{where}: {key}: {problem}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,8 +65,12 @@ def load_base_model(config: ModelConfig) -> BaseModel:
     with _named(config.name):
         hf_config = AutoConfig.from_pretrained(source, revision=config.revision)
         refuse_unserved(hf_config, config.name)
-        module = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=dtype, attn_implementation=ATTENTION)
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source, revision=config.revision, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    if missing := sorted(report["missing_keys"]):  # transformers has filled them with random numbers
+        raise ModelError(f"{config.name}: {len(missing)} weights are not in the files, the first is {missing[0]}; load them all again")
     module.to(device).eval().requires_grad_(False)
     _refuse_nonfinite(module, config.name)
     return wrap_model(module, tokenizer, config.name)
@@ -104,7 +109,7 @@ def _named(name: str) -> Iterator[None]:
     """Turns transformers' many ways of not finding a model into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model {name!r} could not be loaded: {first}. Give a local folder, a hub id that is reachable or already "
