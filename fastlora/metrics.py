@@ -296,6 +296,10 @@ class RunSummary:
     trainable_parameters: int
     rank_pattern: Mapping[str, int]
     """Module -> rank; empty in full fine-tuning."""
+    pass_at_k_before: Mapping[int, tuple[float, float, float]]
+    """k -> estimate and its interval, base model; empty when eval.pass_at_k is."""
+    pass_at_k_after: Mapping[int, tuple[float, float, float]]
+    """The same of the trained model."""
 
     def write(self, run_dir: Path) -> None:
         """Writes summary.json atomically. Raises ValueError for a number that is not finite."""

@@ -12,7 +12,7 @@ from fastlora.build import Parts, build, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, has_checkpoint, hash_config, load_checkpoint
 from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
-from fastlora.evaluate import Evaluation, evaluate_greedy, evaluate_pass_at_k
+from fastlora.evaluate import Evaluation, evaluate
 from fastlora.interrupt import interruptible
 from fastlora.lora.peft_format import save_adapter
 from fastlora.metrics import MetricsWriter, RunSummary, write_environment
@@ -93,21 +93,17 @@ def _evaluation(config: RunConfig, parts: Parts, folder: RunFolder, when: str, v
         return Evaluation.read(path)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"evaluating {when} training", total=len(parts.eval_examples))
-        grade = parts.rewards.functions[0]
-        result = evaluate_greedy(
+        result = evaluate(
             parts.sampler,
-            grade,
+            parts.rewards.functions[0],
             parts.eval_examples,
-            config.rollout,
+            config,
             adapter_version=version,
             progress=lambda done: bar.update(task, completed=done),
         )
-        estimates = evaluate_pass_at_k(
-            parts.sampler, grade, parts.eval_examples, config.eval, config.rollout, adapter_version=version
-        )
     result.write(path)
     console.print(f"accuracy {when} training: {result.accuracy}", markup=False, highlight=False)
-    for estimate in estimates:
+    for estimate in result.pass_at_k:
         console.print(f"pass@{estimate.k} {when} training: {estimate}", markup=False, highlight=False)
     return result
 
@@ -145,6 +141,8 @@ def _conclude(
         peak_memory_bytes=peak_memory_bytes(parts.model.device),
         trainable_parameters=parts.flat.num_trainable,
         rank_pattern=parts.adapter.rank_pattern if parts.adapter else {},
+        pass_at_k_before=before.pass_at_k_intervals,
+        pass_at_k_after=after.pass_at_k_intervals,
     )
     summary.write(folder.path)
     report = write_report(folder.path)

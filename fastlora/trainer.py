@@ -20,7 +20,7 @@ from fastlora.build import Parts, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
 from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
-from fastlora.evaluate import evaluate_greedy
+from fastlora.evaluate import Evaluation, answer_greedily
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
 from fastlora.objectives import StepData
@@ -134,10 +134,11 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Greedy accuracy on the first problems of the held-out split."""
         problems = self.parts.eval_examples[: self.config.eval.num_problems_during]
-        result = evaluate_greedy(
+        answers = answer_greedily(
             self.parts.sampler, self.parts.rewards.functions[0], problems, self.config.rollout, adapter_version=self.done.optimizer_step
         )
-        return {"eval/accuracy": result.accuracy.value, "eval/num_problems": float(result.accuracy.n)}
+        accuracy = Evaluation(answers).accuracy
+        return {"eval/accuracy": accuracy.value, "eval/num_problems": float(accuracy.n)}
 
     def _save(self, writer: MetricsWriter) -> None:
         """A checkpoint of the last finished step; metrics reach the disk first, so that they can be cut back to it."""

@@ -189,6 +189,8 @@ SUMMARY = RunSummary(
     accuracy_after_interval=(0.65, 0.82), accuracy_gain=0.25, accuracy_gain_interval=(0.1, 0.38), mcnemar_p=1e-4, learned=None,
     train_seconds=81.5, tokens=12345, peak_memory_bytes=2**31, trainable_parameters=99,
     rank_pattern={"a.q_proj": 3, "a.k_proj": 0},
+    pass_at_k_before={1: (0.25, 0.2, 0.3)},
+    pass_at_k_after={},
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastlora.atomic import atomic_write_text
-from fastlora.config import EvalConfig, RolloutConfig
+from fastlora.config import RolloutConfig, RunConfig
 from fastlora.rewards.deposits import RewardFunction
 from fastlora.rollout.sampler import Sampler, SamplingParams
 from fastlora.statistics import PassAtK, Proportion, pass_at_k, proportion_interval
@@ -38,9 +38,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All held-out problems, answered greedily."""
+    """All held-out problems, answered greedily; and, if asked for, how often samples of them are right."""
 
     answers: tuple[Answer, ...]
+    pass_at_k: tuple[PassAtK, ...] = ()
 
     @property
     def correct(self) -> list[bool]:
@@ -52,17 +53,41 @@ class Evaluation:
         """Fraction right with its Wilson interval."""
         return proportion_interval(sum(self.correct), len(self.answers))
 
+    @property
+    def pass_at_k_intervals(self) -> dict[int, tuple[float, float, float]]:
+        """k -> (estimate, low, high)."""
+        return {estimate.k: (estimate.value, estimate.low, estimate.high) for estimate in self.pass_at_k}
+
     def write(self, path: Path) -> None:
-        """One JSON object a line."""
+        """One answer a line; the pass@k estimates beside them, in `<stem>.pass_at_k.json`, if there are any."""
+        if self.pass_at_k:
+            estimates = json.dumps([asdict(estimate) for estimate in self.pass_at_k], indent=2)
+            atomic_write_text(path.with_suffix(".pass_at_k.json"), estimates + "\n")
         atomic_write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in self.answers))
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """What `write` wrote."""
-        return cls(tuple(Answer(**json.loads(line)) for line in path.read_text().splitlines()))
+        answers = tuple(Answer(**json.loads(line)) for line in path.read_text().splitlines())
+        estimates = path.with_suffix(".pass_at_k.json")
+        return cls(answers, tuple(PassAtK(**one) for one in json.loads(estimates.read_text())) if estimates.exists() else ())
 
 
-def evaluate_greedy(
+def evaluate(
+    sampler: Sampler,
+    grade: RewardFunction,
+    examples: Sequence[Example],
+    config: RunConfig,
+    *,
+    adapter_version: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Greedy answers to every example, and the config's pass@k estimates; progress is told the problems answered so far."""
+    answers = answer_greedily(sampler, grade, examples, config.rollout, adapter_version=adapter_version, progress=progress)
+    return Evaluation(answers, _pass_at_k(sampler, grade, examples, config, adapter_version))
+
+
+def answer_greedily(
     sampler: Sampler,
     grade: RewardFunction,
     examples: Sequence[Example],
@@ -70,7 +95,7 @@ def evaluate_greedy(
     *,
     adapter_version: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> Evaluation:
+) -> tuple[Answer, ...]:
     """The most likely completion of every example; right = the reward `grade` gives 1. progress is told the problems done so far."""
     params = SamplingParams(1, rollout.max_completion_length, temperature=0.0, stop=rollout.stop)
     answers: list[Answer] = []
@@ -83,21 +108,22 @@ def evaluate_greedy(
             for example, text, reward in zip(block, sampled.texts, rewards, strict=True)
         ]
         progress(len(answers))
-    return Evaluation(tuple(answers))
+    return tuple(answers)
 
 
-def evaluate_pass_at_k(
-    sampler: Sampler, grade: RewardFunction, examples: Sequence[Example], config: EvalConfig, rollout: RolloutConfig, *, adapter_version: int
+def _pass_at_k(
+    sampler: Sampler, grade: RewardFunction, examples: Sequence[Example], config: RunConfig, adapter_version: int
 ) -> tuple[PassAtK, ...]:
-    """One estimate per k of `config.pass_at_k`, all from the same samples at the training temperature (Chen et al. 2021, eq. 1)."""
-    if not config.pass_at_k:
+    """One estimate per k of `eval.pass_at_k`, all from the same samples at the training temperature (Chen et al. 2021, eq. 1)."""
+    wanted, rollout = config.eval, config.rollout
+    if not wanted.pass_at_k:
         return ()
-    params = SamplingParams(config.num_samples, rollout.max_completion_length, rollout.temperature, rollout.top_p, rollout.stop)
+    params = SamplingParams(wanted.num_samples, rollout.max_completion_length, rollout.temperature, rollout.top_p, rollout.stop)
     num_correct: list[int] = []
-    per_batch = max(1, rollout.batch_size // config.num_samples)
+    per_batch = max(1, rollout.batch_size // wanted.num_samples)
     for first in range(0, len(examples), per_batch):
         block = examples[first : first + per_batch]
         sampled = sampler.sample(block, params, seed=EVALUATION_SEED + first, adapter_version=adapter_version)
-        right = (grade(sampled).trajectory_rewards_n == 1.0).view(len(block), config.num_samples)
+        right = (grade(sampled).trajectory_rewards_n == 1.0).view(len(block), wanted.num_samples)
         num_correct += right.sum(1).to(torch.int64).tolist()
-    return tuple(pass_at_k(config.num_samples, num_correct, k) for k in config.pass_at_k)
+    return tuple(pass_at_k(wanted.num_samples, num_correct, k) for k in wanted.pass_at_k)

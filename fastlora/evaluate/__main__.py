@@ -13,7 +13,7 @@ from rich.console import Console
 from fastlora.build import attach_saved, held_out_examples
 from fastlora.config import RunConfig, load_config
 from fastlora.errors import FastloraError
-from fastlora.evaluate import evaluate_greedy, evaluate_pass_at_k
+from fastlora.evaluate import evaluate
 from fastlora.model import load_base_model
 from fastlora.rewards.registry import load_rewards
 from fastlora.rollout.torch import TorchSampler
@@ -62,14 +62,12 @@ def main() -> int:
             attach_saved(model, adapter)
         sampler = TorchSampler(model, config.rollout.batch_size)
         with load_rewards(config.reward) as rewards:
-            grade = rewards.functions[0]
-            result = evaluate_greedy(sampler, grade, examples, config.rollout, adapter_version=0)
-            estimates = evaluate_pass_at_k(sampler, grade, examples, config.eval, config.rollout, adapter_version=0)
+            result = evaluate(sampler, rewards.functions[0], examples, config, adapter_version=0)
     except FastloraError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         return 1
     console.print(f"{adapter or 'base model'}: pass@1 {result.accuracy}", markup=False)
-    for estimate in estimates:
+    for estimate in result.pass_at_k:
         console.print(f"{adapter or 'base model'}: pass@{estimate.k} {estimate}", markup=False)
     if arguments.out:
         result.write(arguments.out)

@@ -173,6 +173,8 @@ def summarise(name: str, steps: int, seed: int, ranks: dict[str, int], before: E
         peak_memory_bytes=3_280_000_000,
         trainable_parameters=parameters,
         rank_pattern=ranks,
+        pass_at_k_before={},
+        pass_at_k_after={},
     )
 
 
