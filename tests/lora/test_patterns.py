@@ -157,3 +157,9 @@ def test_the_order_of_keys_changes_nothing_and_sums_are_right(ranks: dict[str, i
     assert {spec.name: spec.rank for spec in specs} == expected
     assert [spec.name for spec in specs] == [shape.name for shape in shapes]
     assert num_parameters(specs, shapes) == budget["parameter_budget"]
+
+
+def test_a_dot_in_a_plain_name_is_a_dot() -> None:
+    shapes = [ProjectionShape(name, 8, 8) for name in ("block.1.proj", "block.1xproj", "block_1.proj")]
+    config = LoraConfig(target_modules=("proj", "1xproj"), r=2, rank_pattern={"block.1.proj": 3})
+    assert [spec.rank for spec in resolve(shapes, config)] == [3, 2, 2]
