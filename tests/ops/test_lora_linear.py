@@ -154,8 +154,8 @@ def test_masked_entries_have_a_gradient_of_exactly_zero(implementation: str) -> 
 
 
 def _relative_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    difference = sum(float((g.double() - t).square().sum()) for g, t in zip(got, truth, strict=True))
-    return (difference / sum(float(t.square().sum()) for t in truth)) ** 0.5
+    difference = sum(float((g.detach().double() - t.detach()).square().sum()) for g, t in zip(got, truth, strict=True))
+    return (difference / sum(float(t.detach().square().sum()) for t in truth)) ** 0.5
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
