@@ -42,7 +42,12 @@ def score_packed(model: PreTrainedModel, batch: TrainBatch, temperature: float) 
     ).last_hidden_state[0]
     head = model.get_output_embeddings()
     logp_c, entropy_c = linear_logprob(
-        hidden[packed.predictors_c], head.weight, packed.targets_c, bias_v=head.bias, temperature=temperature, token_chunk=PACKED_TOKEN_CHUNK
+        hidden[packed.predictors_c],
+        head.weight,
+        packed.targets_c,
+        bias_v=head.bias,
+        temperature=temperature,
+        token_chunk=PACKED_TOKEN_CHUNK,
     )
     return packed.unpack(logp_c), packed.unpack(entropy_c)
 

@@ -11,7 +11,6 @@ from fastlora.packing import pack
 from tests.batches import RAGGED, make_batch
 from tests.tiny import EOS_ID
 
-
 PACKED_ORDER = sorted((n for n, (_, completion) in enumerate(RAGGED) if completion), key=lambda n: sum(RAGGED[n]))
 """Samples with completion tokens, shorter ones first, equal ones as they came."""
 
