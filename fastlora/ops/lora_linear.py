@@ -206,8 +206,8 @@ def _lora_linear_backward_grouped(
     ):
         dy_tn = dy.reshape(-1, weight.shape[0])
         dy_a = dy_tn.to(a_rd.dtype)
-        torch.mm(dy_a, b_rn.t(), out=dh_m).mul_(scale)
-        torch.mm(h_m.t(), dy_a, out=db_rn).mul_(scale)
+        torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
+        torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
         if need_dx:
             dx_td = dy_tn.mm(weight) if dx_td is None else dx_td.addmm_(dy_tn, weight)
     if dx_td is not None:
