@@ -10,8 +10,9 @@ from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import TrainBatch
 from tests.tiny import EOS_ID, VOCAB_SIZE
 
-RAGGED = ((5, 7), (1, 1), (12, 3), (2, 0), (3, 11), (9, 1))
-"""(prompt, completion) lengths: single tokens, an empty completion, longest prompt and longest completion in different rows."""
+RAGGED = ((5, 7), (1, 1), (12, 3), (2, 0), (3, 11), (4, 10), (9, 1))
+"""(prompt, completion) lengths: single tokens, an empty completion, longest prompt and longest completion in different rows,
+two neighbours of equal length."""
 
 
 def make_batch(lengths: Sequence[tuple[int, int]] = RAGGED, seed: int = 0) -> TrainBatch:

@@ -14,8 +14,9 @@ from tests.tiny import TINY_FAMILIES, make_tiny_model
 from tests.tolerances import FP64_EXACT
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
-LENGTHS = (1, 7, 2, 13)
-CU_SEQLENS = (0, 1, 8, 10, 23)
+LENGTHS = (1, 7, 7, 2, 13, 7, 1, 1, 1)
+"""Alone and in runs of equal neighbours, which attend as one batch."""
+CU_SEQLENS = tuple(sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1))
 
 
 def _by_hand(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
