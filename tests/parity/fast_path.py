@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from fastlora.config import LoraConfig, LossConfig
@@ -26,6 +26,7 @@ from fastlora.lora.packed import PackedAdapter, attach
 from fastlora.losses.policy import policy_loss
 from fastlora.model import wrap_model
 from fastlora.policy import score
+from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import TrainBatch
 from tests.parity.trl_cases import make_trainer, record
 from tests.parity.twins import copy_to_peft, packed_tensors, peft_tensors, randomize, rank_pattern, specs_for
@@ -79,7 +80,7 @@ def trl_inputs(batch: TrainBatch, dtype: torch.dtype) -> dict[str, Tensor]:
         "completion_ids": batch.completion_ids_nt,
         "completion_mask": batch.completion_mask_nt.long(),
         "advantages": batch.advantages_nt.squeeze(1).to(dtype),
-        "old_per_token_logps": batch.old_logp_nt.to(dtype),
+        **({} if batch.old_logp_nt is None else {"old_per_token_logps": batch.old_logp_nt.to(dtype)}),
         "ref_per_token_logps": batch.ref_logp_nt.to(dtype),
         "num_items_in_batch": torch.tensor(batch.num_items_in_batch),
     }
@@ -197,47 +198,93 @@ def errors(results: Sequence[Result], truths: Sequence[Result]) -> Errors:
     return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / truth_gradient.norm()))
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One result per seed."""
+
+    ours: list[Result]
+    theirs: list[Result]
+    truths: list[Result]
+
+    def pooled(self) -> tuple[Errors, Errors]:
+        """(ours, PEFT + TRL's) over all seeds."""
+        return errors(self.ours, self.truths), errors(self.theirs, self.truths)
+
+    def seed_ratios(self) -> tuple[list[float], list[float]]:
+        """(log-prob, gradient): our error over PEFT + TRL's, seed by seed."""
+        pairs = [
+            (errors([ours], [truth]), errors([theirs], [truth]))
+            for ours, theirs, truth in zip(self.ours, self.theirs, self.truths, strict=True)
+        ]
+        return [ours.logp / theirs.logp for ours, theirs in pairs], [ours.gradient / theirs.gradient for ours, theirs in pairs]
+
+
 def measure(
     make_model: Callable[[int], PreTrainedModel],
     config: LoraConfig,
     make_batch: Callable[[int], TrainBatch],
     seeds: Sequence[int],
     std: float,
-) -> tuple[Errors, Errors]:
-    """(ours, PEFT + TRL's) on `make_model`'s models, in their dtype."""
-    ours, theirs, truths = [], [], []
+    *,
+    on_policy: bool = False,
+) -> Measurement:
+    """Runs `make_model`'s models in their dtype. on_policy: the behaviour policy is the current one."""
+    measured = Measurement([], [], [])
     for seed in seeds:
         model = make_model(seed)
         fast, adapter = attach_fast(model, config, seed, std)
         truth = truth_trainer(model, config, adapter)
         batch = make_batch(seed)
         batch = with_recorded_policies(batch, trl_logp(truth, batch), seed)
-        truths.append(run_trl(truth, batch, adapter, torch.float64))
-        theirs.append(run_trl(trl_trainer(model, config, adapter), batch, adapter))
-        ours.append(run_ours(fast, adapter, batch, "auto"))
-    return errors(ours, truths), errors(theirs, truths)
+        batch = replace(batch, old_logp_nt=None) if on_policy else batch
+        measured.truths.append(run_trl(truth, batch, adapter, torch.float64))
+        measured.theirs.append(run_trl(trl_trainer(model, config, adapter), batch, adapter))
+        measured.ours.append(run_ours(fast, adapter, batch, "auto"))
+    return measured
 
 
-def measure_tiny(dtype: torch.dtype) -> tuple[Errors, Errors]:
-    """(ours, PEFT + TRL's) on Llamas of width 128 and 4 layers, eight seeds of weights, adapter and batch."""
+ADAPTER_STD = 0.02
+"""A and B of this size at rank 8 and s = 2 change W by some 5 % of its norm, as trained adapters do."""
+
+
+def measure_tiny(dtype: torch.dtype) -> Measurement:
+    """Llamas of width 128 and 4 layers, eight seeds of weights, adapter and batch."""
     shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 8, "initializer_range": 0.05}
     ranks = {"q_proj": 3, "layers.0.self_attn.q_proj": 17, "layers.0.self_attn.k_proj": 0, "layers.1.self_attn.v_proj": 1, "down_proj": 1}
     return measure(
         lambda seed: make_tiny_model("llama", seed=seed, dtype=dtype, **shape),
         LoraConfig(r=8, lora_alpha=16.0, rank_pattern=rank_pattern(ranks, make_tiny_model("llama", **shape))),
-        lambda seed: make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30), completions=(24, 1, 17, 9, 40, 33)),
+        lambda seed: make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30) * 2, completions=(24, 1, 17, 9, 40, 33) * 2),
         seeds=range(8),
-        std=0.05,
+        std=ADAPTER_STD,
     )
 
 
-def measure_smollm2(folder: Path, dtype: torch.dtype) -> tuple[Errors, Errors]:
-    """(ours, PEFT + TRL's) on all 30 layers of the real SmolLM2-135M, two short batches, the magnitudes of a trained adapter."""
+def text_batch(tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainBatch:
+    """Four sums in SmolLM2's chat format and an answer to each. (On random tokens its activations explode: bf16 is then off by 100 %.)"""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randint(1, 100, (4, 2), generator=generator).tolist()
+    prompts = [f"<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n" for a, b in pairs]
+    answers = [f"To add {a} and {b}, add the tens and then the ones: {a} + {b} = {a + b}.<|im_end|>" for a, b in pairs]
+    answers[0] = answers[0].partition(":")[0]  # one shorter than the others, and cut off
+    tokens = [[torch.tensor(tokenizer.encode(text)) for text in texts] for texts in (prompts, answers)]
+    batch = make_batch(len(tokenizer), seed, *([len(row) for row in rows] for rows in tokens))
+    (prompt_ids, _), (completion_ids, _) = pad_left(tokens[0], EOS_ID), pad_right(tokens[1], EOS_ID, torch.long)
+    return replace(batch, prompt_ids_np=prompt_ids, completion_ids_nt=completion_ids)
+
+
+def measure_smollm2(folder: Path, dtype: torch.dtype) -> Measurement:
+    """All 30 layers of the real SmolLM2-135M; four seeds of adapter and batch.
+
+    On policy: its bf16 log-probabilities are off by 6 %, so that tokens would cross any clip bound.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return measure(
         lambda seed: model,
         LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0}),
-        lambda seed: make_batch(model.config.vocab_size, seed, prompts=(11, 17, 3, 8), completions=(24, 13, 31, 26)),
-        seeds=(0, 1),
+        lambda seed: text_batch(tokenizer, seed),
+        seeds=range(4),
         std=0.01,
+        on_policy=True,
     )

@@ -92,7 +92,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Delta]]]:
         "saved by fastlora, 12 layers, layers 1, 10 and 11 differ",
         lambda: _saved_by_us(
             make_tiny_model("llama", **twelve),
-            LoraConfig(r=3, lora_alpha=11.0, rank_pattern=rank_pattern(LIKE_NAMES, make_tiny_model("llama", **twelve))),
+            LoraConfig(
+                r=3,
+                lora_alpha=11.0,
+                alpha_pattern={"layers.11.self_attn.q_proj": 2.3},
+                rank_pattern=rank_pattern(LIKE_NAMES, make_tiny_model("llama", **twelve)),
+            ),
         ),
     )
     for family in TINY_FAMILIES:
