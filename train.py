@@ -5,7 +5,7 @@
     python train.py --resume runs/NAME                          go on where that run stopped, to the same bits
     python train.py --resume runs/NAME --resume-previous        the same from the last intact checkpoint if the newest is damaged
 
-Exit status: 0 done, 1 the run ended with an error, 2 the request cannot work, 3 trained but did not learn (eval.required_gain), 130 stopped.
+Exit status: 0 done, 1 the run ended with an error, 2 the request cannot work, 3 trained but missed eval.required_gain, 130 stopped.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ A model loaded with `attn_implementation = ATTENTION` runs torch's SDPA exactly 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ..
 def equal_runs(cu_seqlens: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """(first token, sequences, length) of every run of neighbours of equal length."""
     runs: list[tuple[int, int, int]] = []
-    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for start, end in pairwise(cu_seqlens):
         if runs and runs[-1][2] == end - start:
             first, count, length = runs.pop()
             runs.append((first, count + 1, length))

@@ -160,5 +160,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # Unix only, like the CPU path's memory figure
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

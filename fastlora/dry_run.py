@@ -27,7 +27,9 @@ def dry_run(config: RunConfig, console: Console) -> int:
     model = meta_model(config.model)
     layers = projections(model)
     num_base = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{config.model.name}: {type(model).__name__}, {num_base:,} parameters in {config.model.dtype}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{config.model.name}: {type(model).__name__}, {num_base:,} parameters in {config.model.dtype}", highlight=False, soft_wrap=True
+    )
     specs: tuple[ModuleSpec, ...] = ()
     num_trainable = num_base
     if config.method == "lora":
@@ -83,4 +85,6 @@ def _downloads(config: RunConfig, num_base: int) -> Iterator[str]:
     else:
         yield f"model: {name} from the Hugging Face hub, about {num_base * 2 / 2**30:.1f} GiB (bfloat16), unless it is a folder or cached"
     needs_hub = config.data.source in HUB_DATASETS and not (config.data.train_path and config.data.eval_path)
-    yield f"data: {HUB_DATASETS[config.data.source]} through `datasets`" if needs_hub else f"data: {config.data.source}, nothing to download"
+    yield (
+        f"data: {HUB_DATASETS[config.data.source]} through `datasets`" if needs_hub else f"data: {config.data.source}, nothing to download"
+    )

@@ -160,9 +160,7 @@ class _JsonLines:
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
-            raise MetricsError(
-                f"{self._path} is missing: the run cannot be resumed without it. Restore it, or start anew"
-            ) from None
+            raise MetricsError(f"{self._path} is missing: the run cannot be resumed without it. Restore it, or start anew") from None
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return

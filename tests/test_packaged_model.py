@@ -91,9 +91,7 @@ class StandIn:
 def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     standin = StandIn(tmp_path)
     digest = hashlib.sha256(GGUF_BYTES).hexdigest()
-    monkeypatch.setitem(
-        pm.PACKAGED_MODELS, "standin", pm.PackagedModel("pip-standin", "standin", "model.gguf", digest, converted_bytes=1)
-    )
+    monkeypatch.setitem(pm.PACKAGED_MODELS, "standin", pm.PackagedModel("pip-standin", "standin", "model.gguf", digest, converted_bytes=1))
     monkeypatch.syspath_prepend(standin.package.parent)
     monkeypatch.setenv("FASTLORA_CACHE", str(standin.folder.parent))
     monkeypatch.setattr(pm, "_convert", standin.convert)
@@ -141,9 +139,7 @@ def age_the_manifest(folder: Path) -> str:
     return "another version"
 
 
-@pytest.mark.parametrize(
-    "damage", [flip_a_byte, truncate, remove_a_file, cut_the_manifest, remove_the_manifest, age_the_manifest]
-)
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, remove_a_file, cut_the_manifest, remove_the_manifest, age_the_manifest])
 def test_damage_is_named_and_repaired(standin: StandIn, damage, capsys: pytest.CaptureFixture[str]) -> None:
     pm.packaged_model_folder("standin")
     named = damage(standin.folder)

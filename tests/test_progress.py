@@ -41,9 +41,7 @@ def test_without_a_terminal_one_plain_line_a_step() -> None:
     lines = written(console).splitlines()
     assert len(lines) == 4
     assert not any(ord(character) < 32 for line in lines for character in line), "control characters in a log file"
-    assert lines[0].startswith(
-        "step 1/3   reward 0.62 ± 0.48 ▄   1,234 tokens/s   sampling 40%   reward 1%   update 50%   other 9%"
-    )
+    assert lines[0].startswith("step 1/3   reward 0.62 ± 0.48 ▄   1,234 tokens/s   sampling 40%   reward 1%   update 50%   other 9%")
     assert lines[1].startswith("checkpoint [bold]step-1[/bold]")
     assert "accuracy 0.500 (step 2)" in lines[2]
     assert "accuracy 0.500 (step 2)" in lines[3], "the last accuracy stays"
@@ -115,9 +113,7 @@ def test_stage_timer_measures_wall_time_and_refuses_double_counting() -> None:
 
 
 def test_accuracy_table_shows_both_accuracies_and_the_test() -> None:
-    summary = RunSummary(
-        "sums", 0, 40, 0.53, (0.469, 0.59), 0.68, (0.62, 0.734), 0.15, (0.093, 0.206), 1.3e-6, True, 650.0, 1, 1, 1, {}
-    )
+    summary = RunSummary("sums", 0, 40, 0.53, (0.469, 0.59), 0.68, (0.62, 0.734), 0.15, (0.093, 0.206), 1.3e-6, True, 650.0, 1, 1, 1, {})
     console = pipe()
     console.print(accuracy_table(summary))
     shown = written(console)

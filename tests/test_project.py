@@ -68,9 +68,7 @@ def test_pins_are_plain() -> None:
 
 def test_licence() -> None:
     text = hashlib.sha256((REPOSITORY / "LICENSE").read_bytes()).hexdigest()
-    assert (
-        text == "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4"
-    )  # apache.org/licenses/LICENSE-2.0.txt, no name
+    assert text == "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4"  # apache.org/licenses/LICENSE-2.0.txt, no name
     assert PROJECT["license"] == "Apache-2.0"
 
 
@@ -94,9 +92,7 @@ def checkout(tmp_path: Path) -> Path:
 def dry_run(checkout: Path, *arguments: str) -> list[str]:
     """What `make` would run; variables of a surrounding `make test` do not count."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARGS", "CONFIG", "PYTHON"))}
-    run = subprocess.run(
-        ["make", "-n", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=True, timeout=60
-    )
+    run = subprocess.run(["make", "-n", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=True, timeout=60)
     return [line for line in run.stdout.splitlines() if "Nothing to be done" not in line]
 
 

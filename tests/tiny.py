@@ -65,9 +65,7 @@ def make_tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfi
     return config_class(**{**_SHAPE, **own, **overrides})
 
 
-def make_tiny_model(
-    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
+def make_tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A random model in eval mode; the same seed gives the same weights and leaves the global RNG as it was.
 
     Biases and norm weights get noise too: with their usual 0 and 1 a path that forgets them would still agree.

@@ -1,8 +1,8 @@
 """Held-out evaluation: greedy pass@1 and unbiased pass@k on a fixed split, an interval with each.
 
-    python -m fastlora.evaluate runs/NAME                        the adapter that the run trained
-    python -m fastlora.evaluate runs/NAME --adapter FOLDER       any PEFT adapter, on the run's problems
-    python -m fastlora.evaluate runs/NAME --adapter none         the base model
+python -m fastlora.evaluate runs/NAME                        the adapter that the run trained
+python -m fastlora.evaluate runs/NAME --adapter FOLDER       any PEFT adapter, on the run's problems
+python -m fastlora.evaluate runs/NAME --adapter none         the base model
 """
 
 from __future__ import annotations

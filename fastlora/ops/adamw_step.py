@@ -125,14 +125,11 @@ def _in_peft_layout(buffer: Tensor, offset: int, rows: int, cols: int, transpose
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gradient_norms", mutates_args=())
-def gradient_norms_op(
-    grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]
-) -> Tensor:
+def gradient_norms_op(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
     """Reference of `gradient_norms`: matrix by matrix, contiguous in PEFT's layout."""
     count("gradient_norms", "reference")
     norms = [
-        torch.linalg.vector_norm(_in_peft_layout(grad, *place).contiguous())
-        for place in zip(offsets, rows, cols, transposed, strict=True)
+        torch.linalg.vector_norm(_in_peft_layout(grad, *place).contiguous()) for place in zip(offsets, rows, cols, transposed, strict=True)
     ]
     return torch.stack(norms) if norms else grad.new_empty(0)
 
@@ -239,9 +236,7 @@ def sample_step_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tup
         yield *buffers, trains, clip_coef, *_columns(places), 3, 1e-3, 0.9, 0.999, 1e-8, 0.1
 
 
-def norm_cost(
-    grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]
-) -> Cost:
+def norm_cost(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Cost:
     """Reads each gradient entry once; a multiply and an add each."""
     entries = _entries(rows, cols)
     return Cost(flops=2 * entries, bytes=(entries + len(offsets)) * grad.element_size())

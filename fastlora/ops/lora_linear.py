@@ -229,14 +229,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, h, a_rd, b_flat, b_mask, *weights_nd = ctx.saved_tensors
-    dys = [
-        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
-        for dy, weight in zip(grads[:-1], weights_nd, strict=True)
-    ]
+    dys = [x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy for dy, weight in zip(grads[:-1], weights_nd, strict=True)]
     need_dx, need_da = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    dx, da_rd, db_flat = lora_linear_backward_op(
-        dys, x, h, weights_nd, a_rd, b_flat, b_mask, ctx.ranks, ctx.scales, need_dx, need_da
-    )
+    dx, da_rd, db_flat = lora_linear_backward_op(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ctx.ranks, ctx.scales, need_dx, need_da)
     return dx if need_dx else None, [None] * len(weights_nd), ctx.bias_grads, da_rd if need_da else None, db_flat, None, None, None
 
 

@@ -74,9 +74,7 @@ class ReplaySampler:
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         """device: where the trainer wants the tensors. Raises SamplerError when the folder holds no recording."""
         if not any(folder.glob("rollout-*.safetensors")):
-            raise SamplerError(
-                f"rollout.replay_path = {str(folder)!r} holds no rollout-*.safetensors; record one with rollout.record_path"
-            )
+            raise SamplerError(f"rollout.replay_path = {str(folder)!r} holds no rollout-*.safetensors; record one with rollout.record_path")
         self._folder, self._device = folder, device
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:

@@ -73,9 +73,7 @@ def broken_line(path: Path) -> None:
     ],
     ids=["empty", "malformed line", "missing column"],
 )
-def test_unusable_data_file(
-    damage: Callable[[Path], object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unusable_data_file(damage: Callable[[Path], object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path)
     damage(tmp_path / "problems.jsonl")
     assert run(config, "--name", "a") == 1
