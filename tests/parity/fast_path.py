@@ -87,8 +87,8 @@ def trl_inputs(batch: TrainBatch, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def trl_trainer(model: PreTrainedModel, config: LoraConfig, adapter: PackedAdapter) -> GRPOTrainer:
-    """PEFT + TRL on a copy of the model in the model's dtype, with our A and B; PEFT keeps a bf16 model's adapters in fp32."""
-    trainer = make_trainer(copy.deepcopy(model), config, lambda: record(), loss_type=LOSS.loss_type, beta=LOSS.beta)
+    """PEFT + TRL on this model (which PEFT changes) in its dtype, with our A and B; PEFT keeps a bf16 model's adapters in fp32."""
+    trainer = make_trainer(model, config, lambda: record(), loss_type=LOSS.loss_type, beta=LOSS.beta)
     copy_to_peft(adapter, trainer.model)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -238,7 +238,7 @@ def measure(
         batch = with_recorded_policies(batch, trl_logp(truth, batch), seed)
         batch = replace(batch, old_logp_nt=None) if on_policy else batch
         measured.truths.append(run_trl(truth, batch, adapter, torch.float64))
-        measured.theirs.append(run_trl(trl_trainer(model, config, adapter), batch, adapter))
+        measured.theirs.append(run_trl(trl_trainer(copy.deepcopy(model), config, adapter), batch, adapter))
         measured.ours.append(run_ours(fast, adapter, batch, "auto"))
     return measured
 
