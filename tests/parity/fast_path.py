@@ -9,8 +9,8 @@ both over several seeds together. The truth is PEFT in fp64, a plain log-softmax
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,13 @@ def errors(results: Sequence[Result], truths: Sequence[Result]) -> Errors:
     return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / truth_gradient.norm()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Measurement:
     """One result per seed."""
 
-    ours: list[Result]
-    theirs: list[Result]
-    truths: list[Result]
+    ours: list[Result] = field(default_factory=list)
+    theirs: list[Result] = field(default_factory=list)
+    truths: list[Result] = field(default_factory=list)
 
     def pooled(self) -> tuple[Errors, Errors]:
         """(ours, PEFT + TRL's) over all seeds."""
@@ -219,28 +219,24 @@ class Measurement:
         return [ours.logp / theirs.logp for ours, theirs in pairs], [ours.gradient / theirs.gradient for ours, theirs in pairs]
 
 
-def measure(
-    make_model: Callable[[int], PreTrainedModel],
-    config: LoraConfig,
-    make_batch: Callable[[int], TrainBatch],
-    seeds: Sequence[int],
-    std: float,
-    *,
-    on_policy: bool = False,
-) -> Measurement:
-    """Runs `make_model`'s models in their dtype. on_policy: the behaviour policy is the current one."""
-    measured = Measurement([], [], [])
-    for seed in seeds:
-        model = make_model(seed)
-        fast, adapter = attach_fast(model, config, seed, std)
-        truth = truth_trainer(model, config, adapter)
-        batch = make_batch(seed)
-        batch = with_recorded_policies(batch, trl_logp(truth, batch), seed)
+class Contest:
+    """One model three times: ours, PEFT + TRL's (both in the model's dtype), and the truth in fp64."""
+
+    def __init__(self, model: PreTrainedModel, config: LoraConfig) -> None:
+        self.fast, self.adapter = attach_fast(model, config, seed=0, std=0.0)
+        self.truth = truth_trainer(model, config, self.adapter)
+        self.theirs = trl_trainer(copy.deepcopy(model), config, self.adapter)
+
+    def run(self, into: Measurement, batch: TrainBatch, seed: int, *, std: float, on_policy: bool = False) -> None:
+        """Adds the results of one seed's adapter and batch. on_policy: the behaviour policy is the current one."""
+        randomize(self.adapter, std, seed)
+        for trainer in (self.truth, self.theirs):
+            copy_to_peft(self.adapter, trainer.model)
+        batch = with_recorded_policies(batch, trl_logp(self.truth, batch), seed)
         batch = replace(batch, old_logp_nt=None) if on_policy else batch
-        measured.truths.append(run_trl(truth, batch, adapter, torch.float64))
-        measured.theirs.append(run_trl(trl_trainer(copy.deepcopy(model), config, adapter), batch, adapter))
-        measured.ours.append(run_ours(fast, adapter, batch, "auto"))
-    return measured
+        into.truths.append(run_trl(self.truth, batch, self.adapter, torch.float64))
+        into.theirs.append(run_trl(self.theirs, batch, self.adapter))
+        into.ours.append(run_ours(self.fast, self.adapter, batch, "auto"))
 
 
 ADAPTER_STD = 0.02
@@ -251,13 +247,12 @@ def measure_tiny(dtype: torch.dtype) -> Measurement:
     """Llamas of width 128 and 4 layers, eight seeds of weights, adapter and batch."""
     shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 8, "initializer_range": 0.05}
     ranks = {"q_proj": 3, "layers.0.self_attn.q_proj": 17, "layers.0.self_attn.k_proj": 0, "layers.1.self_attn.v_proj": 1, "down_proj": 1}
-    return measure(
-        lambda seed: make_tiny_model("llama", seed=seed, dtype=dtype, **shape),
-        LoraConfig(r=8, lora_alpha=16.0, rank_pattern=rank_pattern(ranks, make_tiny_model("llama", **shape))),
-        lambda seed: make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30) * 2, completions=(24, 1, 17, 9, 40, 33) * 2),
-        seeds=range(8),
-        std=ADAPTER_STD,
-    )
+    config = LoraConfig(r=8, lora_alpha=16.0, rank_pattern=rank_pattern(ranks, make_tiny_model("llama", **shape)))
+    measured = Measurement()
+    for seed in range(8):
+        batch = make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30) * 2, completions=(24, 1, 17, 9, 40, 33) * 2)
+        Contest(make_tiny_model("llama", seed=seed, dtype=dtype, **shape), config).run(measured, batch, seed, std=ADAPTER_STD)
+    return measured
 
 
 def text_batch(tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainBatch:
@@ -278,13 +273,9 @@ def measure_smollm2(folder: Path, dtype: torch.dtype) -> Measurement:
 
     On policy: its bf16 log-probabilities are off by 6 %, so that tokens would cross any clip bound.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return measure(
-        lambda seed: model,
-        LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0}),
-        lambda seed: text_batch(tokenizer, seed),
-        seeds=range(4),
-        std=0.01,
-        on_policy=True,
-    )
+    config = LoraConfig(r=8, lora_alpha=16.0, rank_pattern={"q_proj": 3, "down_proj": 1, r".*\.[0-9]\.self_attn\.k_proj": 0})
+    contest = Contest(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), config)
+    tokenizer, measured = AutoTokenizer.from_pretrained(folder), Measurement()
+    for seed in range(4):
+        contest.run(measured, text_batch(tokenizer, seed), seed, std=0.01, on_policy=True)
+    return measured
