@@ -42,9 +42,7 @@ def gradients(flat: HandmadeFlat) -> list[list[Tensor]]:
 
 def run_torch(flat: HandmadeFlat, config: OptimConfig, steps: list[list[Tensor]]) -> tuple[torch.optim.AdamW, list[float]]:
     params = [torch.nn.Parameter(p.clone()) for p in flat.read(flat.data)]
-    optimizer = torch.optim.AdamW(
-        params, lr=1.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(params, lr=1.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
     norms = []
     for lr, grads in zip(LEARNING_RATES, steps, strict=True):
         for p, g in zip(params, grads, strict=True):
