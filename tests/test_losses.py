@@ -37,7 +37,7 @@ def _batch(n: int, t: int) -> TrainBatch:
         ({"loss_type": "vespo"}, {"vespo/phi_mean"}),
         ({"off_policy_mask_threshold": 0.1}, CLIP | {"off_policy_kept"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_policy_loss_reports_what_applies(settings: dict[str, Any], expected: set[str]) -> None:
     logp_nt, config = -torch.rand(4, 6), LossConfig(**settings)
