@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -69,27 +70,26 @@ def build(config: RunConfig, console: Console) -> Parts:
 
 
 def _training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
-    return load_examples(
-        config.data,
-        "train",
-        size=config.data.train_size,
-        seed=config.seed,
-        tokenizer=model.tokenizer,
-        context_length=model.context_length,
-        max_completion_length=None if config.objective == "sft" else config.rollout.max_completion_length,
-    )
+    free = None if config.objective == "sft" else config.rollout.max_completion_length
+    return _examples(config, model, "train", config.data.train_size, free)
 
 
 def held_out_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
     """The fixed problems of the evaluation: the first `eval.num_problems` of the held-out split, whatever the seed."""
+    return _examples(config, model, "eval", config.eval.num_problems, config.rollout.max_completion_length)
+
+
+def _examples(
+    config: RunConfig, model: BaseModel, split: Literal["train", "eval"], size: int, max_completion_length: int | None
+) -> tuple[Example, ...]:
     return load_examples(
         config.data,
-        "eval",
-        size=config.eval.num_problems,
+        split,
+        size=size,
         seed=config.seed,
         tokenizer=model.tokenizer,
         context_length=model.context_length,
-        max_completion_length=config.rollout.max_completion_length,
+        max_completion_length=max_completion_length,
     )
 
 

@@ -23,7 +23,7 @@ from tests.parity.twins import make_twins, rank_pattern
 from tests.tiny import TINY_FAMILIES, make_tiny_model, make_tiny_tokenizer
 
 LIKE_NAMES = {"layers.1.self_attn.q_proj": 2, "layers.10.self_attn.q_proj": 7, "layers.11.self_attn.q_proj": 11, "layers.10.mlp.up_proj": 0}
-"""In PEFT's own matching an unanchored key for layer 1 hits layers 10 and 11 too."""
+"""Layers whose numbers begin alike: a key matched by prefix, or an unescaped regular expression, would confuse them."""
 
 PEFT_STYLE = peft.LoraConfig(
     task_type="CAUSAL_LM",
