@@ -113,7 +113,9 @@ def test_stage_timer_measures_wall_time_and_refuses_double_counting() -> None:
 
 
 def test_accuracy_table_shows_both_accuracies_and_the_test() -> None:
-    summary = RunSummary("sums", 0, 40, 0.53, (0.469, 0.59), 0.68, (0.62, 0.734), 0.15, (0.093, 0.206), 1.3e-6, True, 650.0, 1, 1, 1, {})
+    summary = RunSummary(
+        "sums", 0, 40, 0.53, (0.469, 0.59), 0.68, (0.62, 0.734), 0.15, (0.093, 0.206), 1.3e-6, True, 650.0, 1, 1, 1, {}, {}, {}
+    )
     console = pipe()
     console.print(accuracy_table(summary))
     shown = written(console)

@@ -89,11 +89,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def dry_run(checkout: Path, *arguments: str) -> list[str]:
-    """What `make` would run; variables of a surrounding `make test` do not count."""
+def make(checkout: Path, *arguments: str) -> str:
+    """What make prints; variables of a surrounding `make test` do not count."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARGS", "CONFIG", "PYTHON"))}
-    run = subprocess.run(["make", "-n", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    return [line for line in run.stdout.splitlines() if "Nothing to be done" not in line]
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def dry_run(checkout: Path, *arguments: str) -> list[str]:
+    """The commands that make would run."""
+    return [line for line in make(checkout, "-n", *arguments).splitlines() if "Nothing to be done" not in line]
 
 
 def mark_as_done(checkout: Path, *stamps: str) -> None:
@@ -130,5 +135,5 @@ def test_help_lists_every_target(checkout: Path) -> None:
     makefile = (checkout / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert targets is not None
-    listed = subprocess.run(["make", "help"], cwd=checkout, capture_output=True, text=True, check=True).stdout
-    assert {line.split()[0] for line in listed.splitlines() if line and not line.startswith("make ")} == set(targets[1].split())
+    listed = make(checkout, "help").splitlines()
+    assert {line.split()[0] for line in listed if line and not line.startswith("make ")} == set(targets[1].split())
