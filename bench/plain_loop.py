@@ -1,6 +1,6 @@
 """The fastest plain loop on PEFT's layers that one would write by hand: no logits but the completion's, no padding, fused AdamW.
 
-    loss = −Σ_tokens min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) / active tokens of the batch,   ρ = exp(logp − old)      (dapo)
+loss = −Σ_tokens min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) / active tokens of the batch,   ρ = exp(logp − old)      (dapo)
 """
 
 from __future__ import annotations

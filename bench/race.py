@@ -110,7 +110,12 @@ class Worker:
 
 
 def race(
-    contenders: Sequence[Contender], folder: Path, threads: int, rounds: int, progress: Callable[[str], None], command: Sequence[str] = WORKER
+    contenders: Sequence[Contender],
+    folder: Path,
+    threads: int,
+    rounds: int,
+    progress: Callable[[str], None],
+    command: Sequence[str] = WORKER,
 ) -> list[Result]:
     """One warm-up of each, then `rounds` in turns: what the machine does besides meets all of them alike.
 

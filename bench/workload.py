@@ -1,8 +1,8 @@
 """The recorded work that every contender does: one adapter, one rollout, written once (bench/record.py) to a folder that all of them read.
 
-    problems.jsonl   four word problems in the chat template, 103 to 128 tokens (reasoning-gym gsm_symbolic)
-    adapter/         LoRA r 32, alpha 64 on all seven projections, A Kaiming-uniform, B ~ N(0, 0.01²): PEFT's own files
-    rollouts/        four completions of exactly 128 tokens for each, sampled at T = 1 under that adapter, eos suppressed
+problems.jsonl   four word problems in the chat template, 103 to 128 tokens (reasoning-gym gsm_symbolic)
+adapter/         LoRA r 32, alpha 64 on all seven projections, A Kaiming-uniform, B ~ N(0, 0.01²): PEFT's own files
+rollouts/        four completions of exactly 128 tokens for each, sampled at T = 1 under that adapter, eos suppressed
 """
 
 from __future__ import annotations

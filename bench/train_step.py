@@ -1,0 +1,183 @@
+"""fastlora against TRL + PEFT, one command: `python -m bench.train_step [--json] [--pairs 5] [--out bench/results]`.
+
+    gate      all libraries compute the same gradient, or exit 1 and no number
+    trials    TRL and the plain loop over their settings: who is fastest on this machine
+    update    loss, backward, clip, optimizer step on the recorded rollout: contenders in turns, medians
+    step      the same with sampling and reward before it
+    errors    against fp64, same dtype
+    peak      the machine's own GEMM rate for the products of the update
+
+Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object (see `report.summary`). Result rows are
+written to OUT/DEVICE/train_step.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.status import Status
+from transformers import AutoConfig
+
+from bench.accuracy import measure_errors
+from bench.contender import Contender
+from bench.gate import GateError, check_gradients
+from bench.gemm_peak import Group, Model, Work, full_work, lora_work, measure_rates, peak_rate
+from bench.race import REPOSITORY, Result, race
+from bench.record import write_workload
+from bench.report import Measured, json_line, print_tables, write_rows
+from bench.workload import MODEL, RANK, DType
+from fastlora.packaged_model import packaged_model_folder
+from fastlora.types import Rollout
+
+Say = Callable[[str], None]
+Axes = Mapping[str, Sequence[Any]]
+
+OURS, OURS_FP32 = Contender("fastlora", "bfloat16"), Contender("fastlora")
+"""bfloat16 is fastlora's default (model.dtype)."""
+TRL_DEFAULT = Contender("trl")
+"""TRL's defaults with gradient_checkpointing=False: float32, the whole generation batch in one backward pass."""
+TRL_SMALL = Contender("trl", "bfloat16", 4)
+"""The thriftiest that one would choose: memory_ratio_best is against this."""
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+MICRO_BATCHES = (16, 8, 2)
+TRL_SEARCH: Axes = {"dtype": ["float32"], "micro_batch": MICRO_BATCHES}
+PLAIN_SEARCH: Axes = {"dtype": ["float32"], "micro_batch": MICRO_BATCHES, "compiled": [True]}
+"""Settings to try in place of those of the first trial (bf16, micro-batch 4), one after the other."""
+TRIAL_RUNS = 2
+FULL_DTYPE: DType = "float32"
+"""fastlora's full fine-tuning has no bfloat16 (no master copy besides the weights); the adapter beside it runs in the same."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring."""
+    options = parse(argv)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="fastlora-bench-") as scratch, console.status("starting") as status:
+        say = speaker(console, status)
+        try:
+            measured = measure(Path(scratch), options.pairs, options.threads, say)
+        except GateError as error:
+            console.print(f"[bold red]GateError:[/] {error}", highlight=False)
+            return 1
+    print_tables(measured, Console())
+    write_rows(measured, options.out)
+    if options.json:
+        print(json_line(measured))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every contender (default: all cores)")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the result rows")
+    options = parser.parse_args(argv)
+    if options.pairs < 1 or options.threads < 1:
+        parser.error("--pairs and --threads are at least 1")
+    return options
+
+
+def speaker(console: Console, status: Status) -> Say:
+    """A live line on a terminal, plain lines elsewhere."""
+
+    def say(message: str) -> None:
+        status.update(message)
+        if not console.is_terminal:
+            print(message, file=sys.stderr, flush=True)
+
+    return say
+
+
+def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
+    """Everything, in the order of the module's docstring. Raises GateError."""
+    torch.set_num_threads(threads)
+    say("recording the rollout")
+    rollout = write_workload(folder)
+    say("gradients of all libraries")
+    cosines = check_gradients(folder, threads)
+    trl_trials = search(TRL_SMALL, TRL_SEARCH, folder, threads, say)
+    plain_trials = search(replace(TRL_SMALL, library="plain"), PLAIN_SEARCH, folder, threads, say)
+    trl_best, plain_best = fastest(trl_trials), fastest(plain_trials)
+    lora_beside_full = replace(OURS, dtype=FULL_DTYPE)
+    update_races = {
+        "default": (OURS, TRL_DEFAULT),
+        "best": (OURS, trl_best),
+        "plain": (OURS, plain_best),
+        "full": (lora_beside_full, replace(lora_beside_full, method="full")),
+        "fp32": (OURS_FP32,),
+    }
+    step_races = {"default": (OURS, OURS_FP32, TRL_DEFAULT), "best": (OURS, trl_best)}
+    updates = {name: race(rivals, folder, threads, pairs, say) for name, rivals in update_races.items()}
+    steps = {name: race([replace(r, work="step") for r in rivals], folder, threads, pairs, say) for name, rivals in step_races.items()}
+    lora, full = works(rollout)
+    return Measured(
+        shape=describe(rollout),
+        threads=threads,
+        cosines=cosines,
+        trials=[*trl_trials, *plain_trials],
+        updates=updates,
+        steps=steps,
+        errors={dtype: measure_errors(dtype, say) for dtype in DTYPES},
+        lora=lora,
+        full=full,
+        peaks={dtype: measure_peak(lora, dtype, say) for dtype in DTYPES},
+    )
+
+
+def search(start: Contender, axes: Axes, folder: Path, threads: int, say: Say) -> list[Result]:
+    """Every trial of a search along one setting after the other, the best of each kept: a fourth of the full grid's time."""
+    trials = race([start], folder, threads, TRIAL_RUNS, say)
+    for name, values in axes.items():
+        best = fastest(trials)
+        for value in values:
+            trials += race([replace(best, **{name: value})], folder, threads, TRIAL_RUNS, say)
+    return trials
+
+
+def fastest(trials: Sequence[Result]) -> Contender:
+    """By median."""
+    return min(trials, key=lambda trial: trial.median).contender
+
+
+def describe(rollout: Rollout) -> str:
+    """The workload in words."""
+    prompts = rollout.prompt_mask_np.sum(1)[:: rollout.num_generations].tolist()
+    completions = sorted(set(rollout.completion_mask_nt.sum(1).tolist()))
+    return f"{MODEL}, r {RANK}, prompts {prompts} × {rollout.num_generations} completions of {completions} tokens"
+
+
+def works(rollout: Rollout) -> tuple[Work, Work]:
+    """(LoRA's, full fine-tuning's) useful work for one update on this rollout."""
+    config = AutoConfig.from_pretrained(packaged_model_folder())
+    model = Model(**{name: getattr(config, name) for name in Model.__slots__})
+    groups = groups_of(rollout)
+    return lora_work(model, groups, RANK), full_work(model, groups)
+
+
+def groups_of(rollout: Rollout) -> list[Group]:
+    """Token counts of each prompt and its completions."""
+    prompts = rollout.prompt_mask_np.sum(1).tolist()
+    completions = rollout.completion_mask_nt.sum(1).tolist()
+    size = rollout.num_generations
+    return [Group(prompts[first], tuple(completions[first : first + size])) for first in range(0, len(prompts), size)]
+
+
+def measure_peak(work: Work, dtype: DType, say: Say) -> float:
+    """FLOP/s."""
+    rates = measure_rates(list(work.gemms), getattr(torch, dtype), lambda shape: say(f"GEMM peak in {dtype}: {shape}"))
+    return peak_rate(work, rates)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
