@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -23,7 +23,7 @@ def in_double(model: PreTrainedModel) -> PreTrainedModel:
     return double
 
 
-def rotary_in_double(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_in_double(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) [n, t, head_dim] of the rotary position embedding (Su et al. 2021, eq. 34)."""
     angles = (position_ids[..., None].double() * rotary.inv_freq.double()).repeat(1, 1, 2)
     return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling

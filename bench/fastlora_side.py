@@ -28,8 +28,13 @@ from fastlora.types import TrainBatch
 
 def serve(contender: Contender, folder: Path, commands: Commands, report: Report) -> None:
     """See contender.Serve."""
-    sampler = "replay" if contender.work == "update" else "torch"
-    config = run_config(folder, contender.dtype, method=contender.method, micro_batch=contender.micro_batch, sampler=sampler)
+    config = run_config(
+        folder,
+        contender.dtype,
+        method=contender.method,
+        micro_batch=contender.micro_batch,
+        sampler="replay" if contender.work == "update" else "torch",
+    )
     parts = build(config, Console(quiet=True))
     if contender.work == "step":
         parts = without_eos(parts)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bench.contender import Clock, Commands, Contender, Report
 from bench.peft_model import load_peft_model, peft_gradients
@@ -91,7 +93,7 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
     model.train()
     if contender.compiled:
         # Layer by layer: one graph serves all 30. Whole shapes, since each new one would be compiled anew.
-        for layer in model.get_base_model().model.layers:
+        for layer in cast(PreTrainedModel, model.get_base_model()).base_model.layers:
             layer.compile(dynamic=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -63,7 +63,7 @@ class Worker:
 
     def __init__(self, contender: Contender, folder: Path, threads: int, command: Sequence[str] = WORKER) -> None:
         self.contender = contender
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             [*command, json.dumps(contender.settings()), str(folder), str(threads)],
             stdin=subprocess.PIPE,

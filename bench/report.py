@@ -124,7 +124,8 @@ def gemm_share(measured: Measured, result: Result) -> float:
 def error_ratios(measured: Measured) -> dict[str, Any]:
     """Ours over TRL + PEFT's; bf16 without a suffix, and the errors themselves."""
     found: dict[str, Any] = {"errors": {}}
-    for dtype, suffix in (("bfloat16", ""), ("float32", "_fp32")):
+    suffixes: dict[DType, str] = {"bfloat16": "", "float32": "_fp32"}
+    for dtype, suffix in suffixes.items():
         ours, theirs = measured.errors[dtype]
         found[f"logprob_error_ratio{suffix}"] = ours.logp / theirs.logp
         found[f"gradient_error_ratio{suffix}"] = ours.gradient / theirs.gradient

@@ -31,7 +31,7 @@ from bench.accuracy import measure_errors
 from bench.contender import Contender
 from bench.gate import GateError, check_gradients
 from bench.gemm_peak import Group, Model, Work, full_work, lora_work, measure_rates, peak_rate
-from bench.race import REPOSITORY, Result, race
+from bench.race import REPOSITORY, Result, WorkerError, race
 from bench.record import write_workload
 from bench.report import Measured, json_line, print_tables, write_rows
 from bench.workload import MODEL, RANK, DType
@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         say = speaker(console, status)
         try:
             measured = measure(Path(scratch), options.pairs, options.threads, say)
-        except GateError as error:
-            console.print(f"[bold red]GateError:[/] {error}", highlight=False)
+        except (GateError, WorkerError) as error:
+            console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+            console.print(str(error), markup=False, highlight=False)
             return 1
     print_tables(measured, Console())
     write_rows(measured, options.out)

@@ -55,7 +55,7 @@ class Meter(TrainerCallback):
                 save_file(peft_gradients(trainer.model), self._save_to)
             return clip(*args, **kwargs)
 
-        trainer._generate_and_score_completions = gated
+        trainer._generate_and_score_completions = gated  # type: ignore[method-assign]
         trainer.accelerator.clip_grad_norm_ = clip_seen
         trainer.add_callback(self)
 
@@ -77,7 +77,7 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
     with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(model, [example.prompt for example in rollout.examples], Path(output), contender.micro_batch, SAMPLES)
         if contender.work == "update":
-            trainer._generate = recorded(rollout)
+            trainer._generate = recorded(rollout)  # type: ignore[method-assign, assignment]
         Meter(contender.work, commands, report).attach(trainer)
         try:
             trainer.train()

@@ -1,0 +1,90 @@
+"""The list of products against torch's own FLOP counter, on a tiny Llama with PEFT's layers; attention against a counted mask."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import peft
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from bench.gemm_peak import ATTENTION_BACKWARD, Group, Model, Work, full_work, lora_work, measure_rates, peak_rate
+from bench.workload import COMPLETION_TOKENS
+from tests.tiny import VOCAB_SIZE, make_tiny_model
+
+RANK = 3
+GROUPS = (Group(7, (5,)), Group(2, (1,)), Group(11, (9,)))
+"""One sample a group: then sharing the prompt saves nothing, and a plain model does exactly the useful work."""
+
+
+def dimensions(model: PreTrainedModel) -> Model:
+    return Model(**{name: getattr(model.config, name) for name in Model.__slots__})
+
+
+def counted_flops(model: torch.nn.Module) -> int:
+    """FLOPs of 2-d products in forward and backward of every sample of GROUPS. (3-d ones are the rotary table's outer product.)"""
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    with FlopCounterMode(display=False) as counter:
+        for group in GROUPS:
+            (completion,) = group.completions
+            ids = torch.randint(3, VOCAB_SIZE, (1, group.prompt + completion))
+            logits = model(input_ids=ids[:, :-1], logits_to_keep=completion, use_cache=False).logits
+            cross_entropy(logits[0], ids[0, -completion:]).backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert all(op in counts for op in products[:1])
+    return sum(counts.get(op, 0) for op in products)
+
+
+def test_lora_products() -> None:
+    model = make_tiny_model("llama")
+    work = lora_work(dimensions(model), GROUPS, RANK)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=layers, init_lora_weights=False))
+    assert work.gemm_flops == counted_flops(adapted)
+
+
+def test_full_products() -> None:
+    model = make_tiny_model("llama")
+    assert full_work(dimensions(model), GROUPS).gemm_flops == counted_flops(model.requires_grad_(True))
+
+
+@pytest.mark.parametrize("group", [Group(5, (3, 1, 4)), Group(1, (1,)), Group(115, (COMPLETION_TOKENS,) * 4)])
+def test_pairs_of_a_group(group: Group) -> None:
+    """The mask of a packed group, written out: own segment or the prompt's, and not later."""
+    lengths = [group.prompt, *(c - 1 for c in group.completions)]
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    order = torch.arange(len(segment))
+    visible = ((segment[:, None] == segment) | (segment == 0)) & (order <= order[:, None])
+    assert group.inputs == len(segment)
+    assert group.pairs == int(visible.sum())
+
+
+def test_attention_flops() -> None:
+    """Two products of 2·e FLOPs a pair and head; backward by the stated factor; 2 layers, 4 heads of 16."""
+    model = dimensions(make_tiny_model("llama"))
+    pairs = sum(group.pairs for group in GROUPS)
+    assert lora_work(model, GROUPS, RANK).attention_flops == (1 + ATTENTION_BACKWARD) * pairs * 2 * 2 * 16 * 4 * 2
+
+
+def test_a_shared_prompt_is_computed_once() -> None:
+    model = dimensions(make_tiny_model("llama"))
+    shared, alone = [Group(100, (10, 10))], [Group(100, (10,)), Group(100, (10,))]
+    assert shared[0].inputs == 118
+    assert lora_work(model, shared, RANK).flops < 0.6 * lora_work(model, alone, RANK).flops
+
+
+def test_the_peak_is_the_mean_weighted_by_time() -> None:
+    slow, fast = (10, 10, 10), (10, 10, 20)  # 2,000 and 4,000 FLOPs
+    work = Work(Counter({slow: 2, fast: 1}), attention_flops=0.0)
+    assert peak_rate(work, {slow: 1000.0, fast: 4000.0}) == pytest.approx(8000 / (4.0 + 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rates_are_measured_for_every_shape(dtype: torch.dtype) -> None:
+    shapes = [(1, 1, 1), (5, 3, 7)]
+    rates = measure_rates(shapes, dtype, lambda shape: None)
+    assert list(rates) == shapes
+    assert all(rate > 0 for rate in rates.values())
