@@ -16,6 +16,7 @@ dX. Full fine-tuning has dW = dYᵀ x and the head's dW in place of the adapter'
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,12 +165,13 @@ def _products(shape: Shape, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
 @torch.no_grad()
 def _best_seconds(product: Callable[[], Tensor]) -> float:
     product()
-    times: list[float] = []
-    while len(times) < MIN_REPEATS or sum(times) < MIN_SECONDS:
+    best, total, repeats = math.inf, 0.0, 0
+    while repeats < MIN_REPEATS or total < MIN_SECONDS:
         start = time.perf_counter()
         product()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        seconds = time.perf_counter() - start
+        best, total, repeats = min(best, seconds), total + seconds, repeats + 1
+    return best
 
 
 def peak_rate(work: Work, rates: Mapping[Shape, float]) -> float:
