@@ -9,6 +9,7 @@ namespace fastlora {
 struct AttentionShape {
   int64_t query_heads, key_heads, width;  // width of a head
   float scaling;
+  int64_t window;  // tokens that a query sees at most, itself included; 0 = all
 };
 struct AttentionInputs {  // rows are tokens; q [T, query_heads * width], k and v [T, key_heads * width], cos and sin [T, width] or null
   const void *q, *k, *v, *cos, *sin;
@@ -110,10 +111,12 @@ INLINE Block block_at(int64_t first, int64_t length) {
   return {first, count, first + count, round_up(first + count, kLanes)};
 }
 
-// Sets scores that a query must not see to -inf: padding of the root's keys, own keys after the query.
-INLINE void mask_scores(float* scores, int64_t ld, const Block& b, int64_t root_keys, int64_t root_padded) {
+// Sets scores that a query must not see to -inf: padding of the root's keys, own keys after the query, keys that have left the window.
+INLINE void mask_scores(float* scores, int64_t ld, const Block& b, int64_t root_keys, int64_t root_padded, int64_t window) {
   for (int64_t i = 0; i < b.count; ++i) {
     float* row = scores + i * ld;
+    const int64_t hidden = window ? root_keys + b.first + i + 1 - window : 0;  // keys of the sequence before the window
+    for (int64_t j = 0; j < hidden; ++j) row[j < root_keys ? j : root_padded + j - root_keys] = -INFINITY;
     for (int64_t j = root_keys; j < root_padded; ++j) row[j] = -INFINITY;
     for (int64_t j = b.first + i + 1; j < b.own_padded; ++j) row[root_padded + j] = -INFINITY;
   }
@@ -182,7 +185,7 @@ template <class T, class Tile> struct Task {
           const Block b = block_at(first, n);
           load_queries(start, b, head, rows, left);
           times_transposed(left, b, s ? &root_k : nullptr, own_k, scores, ld);
-          mask_scores(scores, ld, b, s ? root_k.keys : 0, root_padded);
+          mask_scores(scores, ld, b, s ? root_k.keys : 0, root_padded, shape.window);
           float* row_lse = lse + (key_head * heads() + head) * tokens + start + first;
           softmax(scores, weights, ld, b.count, root_padded + b.own_padded, row_lse, sums);
           times(weights, ld, b, s ? &root_v : nullptr, own_v, rows);
@@ -242,7 +245,7 @@ template <class T, class Tile> struct Task {
           }
           turn(drows, turned, dleft_t, b.count, even);
           times_transposed(left, b, shared, own_k, scores, ld);
-          mask_scores(scores, ld, b, s ? root_k.keys : 0, root_padded);
+          mask_scores(scores, ld, b, s ? root_k.keys : 0, root_padded, shape.window);
           times_transposed(dleft, b, s ? &root_v : nullptr, own_v, dweights, ld);
           const float* row_lse = lse + (key_head * heads() + head) * tokens + start + first;
           score_gradients(scores, dweights, ld, b.count, root_padded + b.own_padded, row_lse, drows, out + cell(start + first, head), ds,
@@ -345,7 +348,7 @@ struct Call {
 };
 
 Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-             const Tensor& cu_seqlens, const Tensor& roots, int64_t head_dim, double scaling) {
+             const Tensor& cu_seqlens, const Tensor& roots, int64_t head_dim, double scaling, int64_t window) {
   const char* op = "packed_attention";
   Call call;
   call.type = check_rows(op, q);
@@ -353,7 +356,7 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const std::optio
   check_same(op, q, v);
   STD_TORCH_CHECK(head_dim % 32 == 0, op, ": the C++ kernel needs a head width that is a multiple of 32, got ", head_dim);
   if (cos) check_same(op, q, *cos), check_same(op, q, *sin);
-  call.shape = {q.size(-1) / head_dim, k.size(-1) / head_dim, head_dim, (float)scaling};
+  call.shape = {q.size(-1) / head_dim, k.size(-1) / head_dim, head_dim, (float)scaling, window};
   call.in = {bytes(q), bytes(k), bytes(v), cos ? bytes(*cos) : nullptr, sin ? bytes(*sin) : nullptr};
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t* root = roots.const_data_ptr<int64_t>();
@@ -369,8 +372,8 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const std::optio
 }  // namespace
 
 std::tuple<Tensor, Tensor> packed_attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos, std::optional<Tensor> sin,
-                                                    Tensor cu_seqlens, Tensor roots, int64_t head_dim, double scaling) {
-  const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling);
+                                                    Tensor cu_seqlens, Tensor roots, int64_t head_dim, double scaling, int64_t window) {
+  const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling, window);
   const int64_t tokens = q.numel() / q.size(-1), heads = call.shape.key_heads;
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {call.shape.query_heads, tokens}, ScalarType::Float);
@@ -385,8 +388,8 @@ std::tuple<Tensor, Tensor> packed_attention_forward(Tensor q, Tensor k, Tensor v
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos,
                                                              std::optional<Tensor> sin, Tensor cu_seqlens, Tensor roots, Tensor out, Tensor lse,
-                                                             int64_t head_dim, double scaling) {
-  const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling);
+                                                             int64_t head_dim, double scaling, int64_t window) {
+  const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling, window);
   check_same("packed_attention", q, dout);
   const int64_t tokens = q.numel() / q.size(-1), heads = call.shape.key_heads;
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
@@ -405,10 +408,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor dout, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlora_cpu, m) {
   m.def(
       "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, Tensor roots, int head_dim, "
-      "float scaling) -> (Tensor, Tensor)");
+      "float scaling, int window) -> (Tensor, Tensor)");
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, Tensor roots, "
-      "Tensor out, Tensor lse, int head_dim, float scaling) -> (Tensor, Tensor, Tensor)");
+      "Tensor out, Tensor lse, int head_dim, float scaling, int window) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlora_cpu, CPU, m) {
   m.impl("packed_attention_forward", TORCH_BOX(&fastlora::packed_attention_forward));
