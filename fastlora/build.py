@@ -13,6 +13,7 @@ from rich.console import Console
 from fastlora.config import LoraConfig, RunConfig
 from fastlora.data import load_examples
 from fastlora.flat import FlatParameters, flatten_model
+from fastlora.fused_layers import fuse_layers
 from fastlora.lora.groups import AttachError, projections, shapes
 from fastlora.lora.packed import PackedAdapter, attach
 from fastlora.lora.patterns import describe, resolve
@@ -52,6 +53,8 @@ def build(config: RunConfig, console: Console) -> Parts:
     """
     rates = learning_rates(config.optim, config.optimizer_steps)
     model = load_base_model(config.model)
+    if config.trainer.implementation != "reference":
+        fuse_layers(model.module)
     train_examples = _training_examples(config, model)
     eval_examples = held_out_examples(config, model)
     rewards = load_rewards(config.reward)
@@ -106,7 +109,7 @@ def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[Pa
         seed=config.seed if config.lora.init_seed is None else config.lora.init_seed,
         freeze_a=config.lora.freeze_a,
         b_mask_nr=load_b_mask(config.lora.b_mask) if config.lora.b_mask else None,
-        cast_to_input=config.trainer.implementation == "auto",
+        cast_to_input=config.trainer.implementation != "reference",
     )
     if config.lora.init_from:
         load_into(adapter, config.lora.init_from, config.lora)

@@ -17,11 +17,11 @@ from fastlora.config import RunConfig
 from fastlora.data import batch_indices
 from fastlora.lora.packed import PackedAdapter
 from fastlora.losses.entropy_control import EntropyControl, applied_entropy_coef, next_entropy_control
-from fastlora.losses.policy import policy_loss
+from fastlora.losses.policy import is_token_level, policy_loss
 from fastlora.losses.sft import sft_loss
 from fastlora.metrics import CompletionSample
 from fastlora.model import BaseModel
-from fastlora.policy import score
+from fastlora.policy import loss_on, score
 from fastlora.rewards.deposits import Rewarded
 from fastlora.rollout.sampler import Sampler, SamplingParams
 from fastlora.types import Example, Rollout, TrainBatch
@@ -127,26 +127,30 @@ class PolicyObjective:
 
     def _score(self, batch: TrainBatch) -> Tensor:
         """logp_nt of the whole batch, in the micro-batches that will train: the same shapes give the same bits."""
-        return torch.cat([self._scored(part)[0] for part in batch.split(self._config.steps_per_generation)])
-
-    def _scored(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         c = self._config
-        return score(self._model.module, batch, c.rollout.temperature, c.trainer.implementation)
+        model, temperature, implementation = self._model.module, c.rollout.temperature, c.trainer.implementation
+        return torch.cat([score(model, part, temperature, implementation)[0] for part in batch.split(c.steps_per_generation)])
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Objective."""
         c = self._config
-        logp_nt, entropy_nt = self._scored(batch)
-        loss, metrics = policy_loss(
-            logp_nt,
-            entropy_nt,
-            batch,
-            c.loss,
-            accumulation_steps=c.trainer.gradient_accumulation_steps,
-            steps_per_generation=c.steps_per_generation,
-            max_completion_length=c.rollout.max_completion_length,
-            entropy_coef=applied_entropy_coef(self._entropy, c.loss),
-        )
+        entropy_coef = applied_entropy_coef(self._entropy, c.loss)
+
+        def loss_of(logp_nt: Tensor, entropy_nt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return policy_loss(
+                logp_nt,
+                entropy_nt,
+                batch,
+                c.loss,
+                accumulation_steps=c.trainer.gradient_accumulation_steps,
+                steps_per_generation=c.steps_per_generation,
+                max_completion_length=c.rollout.max_completion_length,
+                entropy_coef=entropy_coef,
+            )
+
+        model, temperature, implementation = self._model.module, c.rollout.temperature, c.trainer.implementation
+        token_level = is_token_level(c.loss, entropy_coef)
+        loss, metrics = loss_on(model, batch, temperature, implementation, loss_of, token_level=token_level)
         self._entropy_sum += float(metrics.pop("entropy_sum"))
         self._entropy_tokens += float(metrics.pop("entropy_tokens"))
         return loss, metrics
@@ -182,14 +186,17 @@ class SupervisedObjective:
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Objective; log-probabilities at temperature 1."""
         c = self._config
-        logp_nt, _ = score(self._model.module, batch, 1.0, c.trainer.implementation)
-        return sft_loss(
-            logp_nt,
-            batch.loss_mask_nt,
-            batch.num_items_in_batch,
-            accumulation_steps=c.trainer.gradient_accumulation_steps,
-            steps_per_generation=c.steps_per_generation,
-        )
+
+        def loss_of(logp_nt: Tensor, entropy_nt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return sft_loss(
+                logp_nt,
+                batch.loss_mask_nt,
+                batch.num_items_in_batch,
+                accumulation_steps=c.trainer.gradient_accumulation_steps,
+                steps_per_generation=c.steps_per_generation,
+            )
+
+        return loss_on(self._model.module, batch, 1.0, c.trainer.implementation, loss_of, token_level=True)
 
     def optimizer_stepped(self) -> None:
         """Nothing to do."""

@@ -1,9 +1,9 @@
-"""Log-probabilities of sampled tokens under the model: what the loss differentiates.
+"""Log-probabilities of sampled tokens under the model, and the loss on them: what the optimizer differentiates.
 
-Two layouts, one result. `score_packed` runs the model on real tokens only and the head on the rows that predict something.
-`score_padded` is TRL's layout and order of operations (trl/trainer/grpo_trainer.py, _get_per_token_logps_and_entropies, and
-trl/trainer/utils.py, add_fused_lm_head): every position of the rectangle goes through model and head, so that with the
-reference ops its bits are TRL's.
+Two layouts, one result. `score_packed` runs the model on real tokens only, a group's prompt once, and the head on the rows that predict
+something. `score_padded` is TRL's layout and order of operations (trl/trainer/grpo_trainer.py,
+_get_per_token_logps_and_entropies, and trl/trainer/utils.py, add_fused_lm_head): every position of the rectangle goes through
+model and head, so that with the reference ops its bits are TRL's.
 """
 
 from __future__ import annotations
@@ -13,16 +13,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastlora.attention import PREPARED_MASK
+from fastlora.losses.one_pass import TILE_ELEMENTS, LossOf, one_pass_loss
 from fastlora.ops.linear_logprob import linear_logprob
-from fastlora.packing import pack
+from fastlora.packing import PackedTokens, pack
 from fastlora.types import TrainBatch
 
-PACKED_TOKEN_CHUNK = 1024
-"""Rows of the head computed at once: a [1024, 49152] float32 tile is 200 MB, below it the GEMM loses no speed."""
+
+def loss_on(
+    model: PreTrainedModel, batch: TrainBatch, temperature: float, implementation: str, loss_of: LossOf, *, token_level: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss_of` the scores of a batch: (loss, metrics).
+
+    token_level: dℓ/dlogp of a token depends on no other token, so that packed tokens need one pass over the head instead of two.
+    """
+    if implementation == "reference" or not token_level or not torch.is_grad_enabled() or _head_trains(model):
+        return loss_of(*score(model, batch, temperature, implementation))
+    packed = pack(batch)
+    if not len(packed.targets_c):
+        return loss_of(*_nothing(packed))
+    head = model.get_output_embeddings()
+    return one_pass_loss(_predictors(model, packed), head.weight, head.bias, packed, temperature, loss_of)
 
 
 def score(model: PreTrainedModel, batch: TrainBatch, temperature: float, implementation: str) -> tuple[Tensor, Tensor]:
-    """(logp_nt, entropy_nt) in float32, zeros where there is no completion token; implementation: `auto` or `reference`."""
+    """(logp_nt, entropy_nt) in float32, zeros where there is no completion token; implementation: see TrainerConfig."""
     run = score_padded if implementation == "reference" else score_packed
     return run(model, batch, temperature)
 
@@ -31,25 +45,41 @@ def score_packed(model: PreTrainedModel, batch: TrainBatch, temperature: float) 
     """See `score`; cost grows with real tokens."""
     packed = pack(batch)
     if not len(packed.targets_c):
-        zeros = torch.zeros(packed.shape_nt, device=batch.completion_ids_nt.device)
-        return zeros, zeros
+        return _nothing(packed)
+    head = model.get_output_embeddings()
+    v = head.weight.shape[0]
+    logp_c, entropy_c = linear_logprob(
+        _predictors(model, packed),
+        head.weight,
+        packed.targets_c,
+        bias_v=head.bias,
+        temperature=temperature,
+        token_chunk=max(1, TILE_ELEMENTS // v),
+        vocab_chunk=v,
+    )
+    return packed.unpack(logp_c), packed.unpack(entropy_c)
+
+
+def _head_trains(model: PreTrainedModel) -> bool:
+    return any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+
+
+def _nothing(packed: PackedTokens) -> tuple[Tensor, Tensor]:
+    zeros = torch.zeros(packed.shape_nt, device=packed.cells_c.device)
+    return zeros, zeros
+
+
+def _predictors(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+    """Hidden states [C, d] of the tokens that predict one."""
     hidden = model.base_model(
         input_ids=packed.input_ids_t[None],
         position_ids=packed.position_ids_t[None],
         attention_mask=PREPARED_MASK,
         use_cache=False,
         cu_seqlens=packed.cu_seqlens,
+        roots=packed.roots,
     ).last_hidden_state[0]
-    head = model.get_output_embeddings()
-    logp_c, entropy_c = linear_logprob(
-        hidden[packed.predictors_c],
-        head.weight,
-        packed.targets_c,
-        bias_v=head.bias,
-        temperature=temperature,
-        token_chunk=PACKED_TOKEN_CHUNK,
-    )
-    return packed.unpack(logp_c), packed.unpack(entropy_c)
+    return hidden[packed.predictors_c]
 
 
 def score_padded(model: PreTrainedModel, batch: TrainBatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,21 @@ def policy_loss(
     return loss, {name: value for name, value in zip(METRICS, metrics_m.unbind(), strict=True) if name not in off}
 
 
+def is_token_level(config: LossConfig, entropy_coef: float) -> bool:
+    """The derivative of the loss with respect to one token's log-probability depends on no other token's.
+
+    Not so for sequence ratios, vespo's sequence weight, masks that look at a sequence's KL or at the batch's entropies, and the entropy bonus
+    (whose derivative goes through the entropy instead). `entropy_coef`: what applies to this step.
+    """
+    return (
+        config.importance_sampling_level == "token"
+        and config.loss_type != "vespo"
+        and config.top_entropy_quantile == 1.0
+        and config.off_policy_mask_threshold is None
+        and entropy_coef == 0.0
+    )
+
+
 def _switched_off(config: LossConfig) -> set[str]:
     """Names of the metrics that mean nothing under this config."""
     applies = {

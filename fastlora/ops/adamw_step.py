@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastlora.ops.registry import NAMESPACE, Cost, OpSpec, count
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec
 
 ALIGNMENT = 16
 """Elements; layouts start their blocks (a group's A, a group's B, a weight of the model) at multiples of this: 64 bytes in fp32, a
@@ -124,14 +124,21 @@ def _in_peft_layout(buffer: Tensor, offset: int, rows: int, cols: int, transpose
     return stored.t() if transposed else stored
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gradient_norms", mutates_args=())
-def gradient_norms_op(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
-    """Reference of `gradient_norms`: matrix by matrix, contiguous in PEFT's layout."""
-    count("gradient_norms", "reference")
+def _reference_norms(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
+    """Matrix by matrix, contiguous in PEFT's layout."""
     norms = [
         torch.linalg.vector_norm(_in_peft_layout(grad, *place).contiguous()) for place in zip(offsets, rows, cols, transposed, strict=True)
     ]
     return torch.stack(norms) if norms else grad.new_empty(0)
+
+
+_norms = Dispatch("gradient_norms", _reference_norms)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gradient_norms", mutates_args=())
+def gradient_norms_op(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
+    """norms [segments]."""
+    return _norms(grad, offsets, rows, cols, transposed)
 
 
 @gradient_norms_op.register_fake
@@ -139,8 +146,7 @@ def _(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[
     return grad.new_empty(len(offsets))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adamw_step", mutates_args=("param", "exp_avg", "exp_avg_sq"))
-def adamw_step_op(
+def _reference_step(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -158,8 +164,7 @@ def adamw_step_op(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Reference of `adamw_step`: torch's own fused AdamW on a contiguous copy of each matrix in PEFT's layout."""
-    count("adamw_step", "reference")
+    """torch's own fused AdamW on a contiguous copy of each matrix in PEFT's layout."""
     state = (param, exp_avg, exp_avg_sq)
     for place in zip(offsets, rows, cols, transposed, strict=True):
         views = [_in_peft_layout(buffer, *place) for buffer in state]
@@ -189,6 +194,33 @@ def adamw_step_op(
             new_param.copy_(torch.where(trains, new_param, views[0]))
         for view, tensor in zip(views, new, strict=True):
             view.copy_(tensor)
+
+
+_step = Dispatch("adamw_step", _reference_step)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::adamw_step", mutates_args=("param", "exp_avg", "exp_avg_sq"))
+def adamw_step_op(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: Tensor | None,
+    clip_coef: Tensor,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    cols: Sequence[int],
+    transposed: Sequence[bool],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step, in place."""
+    places = (offsets, rows, cols, transposed)
+    _step(param, grad, exp_avg, exp_avg_sq, mask, clip_coef, *places, step, lr, beta1, beta2, eps, weight_decay)
 
 
 @adamw_step_op.register_fake

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastlora.config import LossConfig
-from fastlora.ops.registry import NAMESPACE, Cost, OpSpec, count
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec
 
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """The loss types that share PPO's clipped surrogate."""
@@ -121,7 +121,6 @@ def _reference(
     importance_ratio_nt: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    count("grpo_loss", "reference")
     o = Options(*options)
     if old_logp_nt is None:
         old_logp_nt = logp_nt.detach()
@@ -267,9 +266,10 @@ def _mean(x_nt: Tensor | None, mask_nt: Tensor, like: Tensor) -> Tensor:
     return (x_nt.detach().to(like.dtype) * weight_nt).sum() / weight_nt.sum().clamp(min=1.0)
 
 
+_dispatch = Dispatch("grpo_loss", _reference)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(_SCHEMA)
-_library.impl("grpo_loss", _reference, "CompositeImplicitAutograd")
+_library.impl("grpo_loss", _dispatch, "CompositeImplicitAutograd")
 grpo_loss_op = torch.ops.fastlora.grpo_loss.default
 
 

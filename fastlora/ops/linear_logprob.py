@@ -11,13 +11,17 @@ Backward, which keeps log_z and entropy only and recomputes z from h and W:
 
 The head of a LoRA run is frozen, and then dW [v, d] and db are never computed; full fine-tuning needs them.
 
-The vocabulary is walked in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein 2018, "Online
-normalizer calculation for softmax", algorithm 3). Memory beside inputs and outputs: one tile of logits, [token_chunk,
-vocab_chunk], reused for every chunk, and a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward, 6 with dW.
+Memory beside inputs and outputs: one tile of logits of token_chunk · vocab_chunk entries, reused for every chunk, and in the
+reference a few temporaries of its shape. FLOPs: 2 t d v forward, 4 t d v backward, 6 with dW.
 
-Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dh, dW and db are accumulated in the same
-and rounded once. The order of operations is that of TRL 1.16's ChunkedLogProbFunction on a CPU (trl/kernels/chunked_logprob.py):
-with the same chunk sizes logp, entropy and the gradients have its bits.
+Implementations. `reference` walks the vocabulary in chunks with a running maximum and rescaled running sums (Milakov & Gimelshein
+2018, "Online normalizer calculation for softmax", algorithm 3), in the order of operations of TRL 1.16's ChunkedLogProbFunction on a
+CPU (trl/kernels/chunked_logprob.py): with the same chunk sizes logp, entropy and the gradients have its bits. `torch`
+takes whole rows of the vocabulary, as many as fill the tile, and leaves them to `logprob_rows`, which overwrites the tile with
+dz in the backward pass.
+
+Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dW and db are accumulated in the same
+and rounded once.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, OpSpec, count
+from fastlora.ops.gemm import linear, product
+from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
 
 
 def _accumulation_dtype(hidden_td: Tensor) -> torch.dtype:
@@ -61,8 +67,7 @@ def _target_column(targets_t: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     return column_t1.clamp(0, last), (column_t1 >= 0) & (column_t1 <= last)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob", mutates_args=())
-def linear_logprob_op(
+def _reference(
     hidden_td: Tensor,
     weight_vd: Tensor,
     bias_v: Tensor | None,
@@ -72,8 +77,6 @@ def linear_logprob_op(
     token_chunk: int,
     vocab_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp_t, entropy_t, log_z_t); entropy_t is empty [0] when not wanted (reference implementation)."""
-    count("linear_logprob", "reference")
     t, dtype = hidden_td.shape[0], _accumulation_dtype(hidden_td)
     max_t = hidden_td.new_full((t,), -math.inf, dtype=dtype)
     sum_exp_t = hidden_td.new_zeros(t, dtype=dtype)
@@ -98,14 +101,60 @@ def linear_logprob_op(
     return target_z_t - log_z_t, entropy_t, log_z_t
 
 
+_forward = Dispatch("linear_logprob", _reference)
+
+
+def row_tiles(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, tile_elements: int) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, their logits before the temperature), whole rows, at most `tile_elements` entries (but at least a row) at a time."""
+    t, v = hidden_td.shape[0], weight_vd.shape[0]
+    rows = max(1, tile_elements // v)
+    for start in range(0, t, rows):
+        tokens = slice(start, min(start + rows, t))
+        yield tokens, linear(hidden_td[tokens], weight_vd, bias_v)
+
+
+@_forward.add("torch")
+def _by_rows(
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    token_chunk: int,
+    vocab_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = [
+        logprob_rows(z_tv, targets_t[tokens], temperature, with_entropy)
+        for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, weight_vd.shape[0]))
+    ]
+    nothing = [hidden_td.new_empty(0, dtype=_accumulation_dtype(hidden_td)) for _ in range(3)]
+    logp_t, entropy_t, log_z_t = (torch.cat(parts) for parts in zip(nothing, *outputs, strict=True))
+    return logp_t, entropy_t, log_z_t
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    token_chunk: int,
+    vocab_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_t, entropy_t, log_z_t); entropy_t is empty [0] when not wanted."""
+    return _forward(hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk)
+
+
 @linear_logprob_op.register_fake
 def _(hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk):  # type: ignore[no-untyped-def]
     logp_t = hidden_td.new_empty(hidden_td.shape[0], dtype=_accumulation_dtype(hidden_td))
     return logp_t, torch.empty_like(logp_t) if with_entropy else logp_t.new_empty(0), torch.empty_like(logp_t)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward_op(
+def _reference_backward(
     grad_logp_t: Tensor | None,
     grad_entropy_t: Tensor | None,
     hidden_td: Tensor,
@@ -120,11 +169,6 @@ def linear_logprob_backward_op(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh_td, dw_vd, db_v) in the dtype of h, empty [0] where not needed (reference implementation).
-
-    An incoming gradient that is None contributes nothing and costs nothing.
-    """
-    count("linear_logprob_backward", "reference")
     dtype = _accumulation_dtype(hidden_td)
     dh_td = hidden_td.new_zeros(hidden_td.shape, dtype=dtype)
     dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
@@ -150,6 +194,67 @@ def linear_logprob_backward_op(
     return dh_td.to(hidden_td.dtype), dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
 
 
+_backward = Dispatch("linear_logprob_backward", _reference_backward)
+
+
+@_backward.add("torch")
+def _backward_by_rows(
+    grad_logp_t: Tensor | None,
+    grad_entropy_t: Tensor | None,
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    log_z_t: Tensor,
+    entropy_t: Tensor,
+    temperature: float,
+    token_chunk: int,
+    vocab_chunk: int,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, v = _accumulation_dtype(hidden_td), weight_vd.shape[0]
+    dh_td = torch.empty_like(hidden_td) if grad_logp_t is not None or grad_entropy_t is not None else torch.zeros_like(hidden_td)
+    dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
+    db_v = hidden_td.new_zeros(v if need_db else 0, dtype=dtype)
+    if grad_logp_t is None and grad_entropy_t is not None:
+        grad_logp_t = torch.zeros_like(grad_entropy_t)
+    for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, v)) if grad_logp_t is not None else ():
+        d_entropy, entropy = (None, entropy_t) if grad_entropy_t is None else (grad_entropy_t[tokens], entropy_t[tokens])
+        logprob_rows_backward_(z_tv, targets_t[tokens], grad_logp_t[tokens], d_entropy, log_z_t[tokens], entropy, temperature)
+        dh_td[tokens] = product(z_tv, weight_vd)
+        if need_dw:
+            dw_vd += product(z_tv.t(), hidden_td[tokens])
+        if need_db:
+            db_v += z_tv.sum(dim=0, dtype=dtype)
+    return dh_td, dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
+    grad_logp_t: Tensor | None,
+    grad_entropy_t: Tensor | None,
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    log_z_t: Tensor,
+    entropy_t: Tensor,
+    temperature: float,
+    token_chunk: int,
+    vocab_chunk: int,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh_td, dw_vd, db_v) in the dtype of h, empty [0] where not needed.
+
+    An incoming gradient that is None contributes nothing and costs nothing.
+    """
+    chunks = (token_chunk, vocab_chunk, need_dw, need_db)
+    state = (targets_t, log_z_t, entropy_t, temperature)
+    return _backward(grad_logp_t, grad_entropy_t, hidden_td, weight_vd, bias_v, *state, *chunks)
+
+
 @linear_logprob_backward_op.register_fake
 def _(grad_logp_t, grad_entropy_t, hidden_td, weight_vd, *rest):  # type: ignore[no-untyped-def]
     need_dw, need_db = rest[-2:]
@@ -166,7 +271,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_logp_t: Tensor | None, grad_entropy_t: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if not ctx.with_entropy:
         grad_entropy_t = None  # of the empty output: torch.compile passes it as zeros [0]
     _, need_dw, need_db, *_ = ctx.needs_input_grad
@@ -175,7 +280,7 @@ def _backward(ctx: Any, grad_logp_t: Tensor | None, grad_entropy_t: Tensor | Non
     return dh_td, dw_vd if need_dw else None, db_v if need_db else None, None, None, None, None, None
 
 
-linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
+linear_logprob_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_logprob(
@@ -200,7 +305,8 @@ def linear_logprob(
     of range. Targets on a GPU are not looked at, which would stall it: there an out-of-range target makes its logp NaN.
     """
     _check(hidden_td, weight_vd, targets_t, bias_v, temperature, token_chunk, vocab_chunk)
-    logp_t, entropy_t, _ = linear_logprob_op(hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk)
+    args = (hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk)
+    logp_t, entropy_t, _ = call(linear_logprob_op, _forward, *args)
     return logp_t, entropy_t
 
 

@@ -16,7 +16,7 @@ FLOPs (forward): 2 t d Σ n_m for the base, 2 t R d + 2 t Σ r_m n_m for the ada
 adapter's once more for dA and dB, and never the 2 t d Σ n_m of a weight gradient that a trained W would need.
 
 Implementations: `reference` works module by module in PEFT's order of operations, bit for bit (peft/tuners/lora/layer.py,
-Linear.forward, and what autograd derives from it); `grouped` shares one shrink GEMM and accumulates into the base GEMM's output.
+Linear.forward, and what autograd derives from it); `torch` shares one shrink GEMM and accumulates into the base GEMM's output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, OpSpec, count, switchable
+from fastlora.ops.gemm import add_product, linear, product, scaled_product
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
 
 
 def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
@@ -41,8 +42,7 @@ def _outs(weights_nd: Sequence[Tensor]) -> list[int]:
     return [w.shape[0] for w in weights_nd]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
-def lora_linear_op(
+def _reference(
     x: Tensor,
     weights_nd: Sequence[Tensor],
     biases_n: Sequence[Tensor | None],
@@ -52,8 +52,6 @@ def lora_linear_op(
     ranks: Sequence[int],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass (reference implementation)."""
-    count("lora_linear", "reference")
     h = [F.linear(x.to(a_rd.dtype), a) for a in a_rd.split(list(ranks))]
     outputs = []
     for weight, bias, b_rn, h_m, rank, scale in zip(
@@ -67,23 +65,11 @@ def lora_linear_op(
     return [*outputs, torch.cat(h, dim=-1)]
 
 
-@lora_linear_op.register_fake
-def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales):  # type: ignore[no-untyped-def]
-    lead = x.shape[:-1]
-    return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
+_forward = Dispatch("lora_linear", _reference)
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
-    """target += alpha · left @ right: one GEMM, or in the adapter's dtype and rounded once where that is wider than target's."""
-    if left.dtype == target.dtype:
-        target.addmm_(left, right, alpha=alpha)
-    else:
-        target.add_(left @ right, alpha=alpha)
-
-
-@lora_linear_op.register_kernel("cpu")
-@lora_linear_op.register_kernel("cuda")
-def _lora_linear_grouped(
+@_forward.add("torch")
+def _grouped(
     x: Tensor,
     weights_nd: Sequence[Tensor],
     biases_n: Sequence[Tensor | None],
@@ -93,22 +79,41 @@ def _lora_linear_grouped(
     ranks: Sequence[int],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    count("lora_linear", "grouped")
     x_td = x.reshape(-1, x.shape[-1])
-    h_tr = x_td.to(a_rd.dtype) @ a_rd.t()
+    h_tr = linear(x_td.to(a_rd.dtype), a_rd)
     outputs = []
     for weight, bias, b_rn, h_m, rank, scale in zip(
         weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True
     ):
-        y_tn = F.linear(x_td, weight, bias)
+        y_tn = linear(x_td, weight, bias)
         if rank:
-            _add_product(y_tn, h_m, b_rn, scale)
+            add_product(y_tn, h_m, b_rn, scale)
         outputs.append(y_tn.view(*x.shape[:-1], weight.shape[0]))
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
-def lora_linear_backward_op(
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
+def lora_linear_op(
+    x: Tensor,
+    weights_nd: Sequence[Tensor],
+    biases_n: Sequence[Tensor | None],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass."""
+    return _forward(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales)
+
+
+@lora_linear_op.register_fake
+def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales):  # type: ignore[no-untyped-def]
+    lead = x.shape[:-1]
+    return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
+
+
+def _reference_backward(
     dys: Sequence[Tensor],
     x: Tensor,
     h: Tensor,
@@ -121,12 +126,9 @@ def lora_linear_backward_op(
     need_dx: bool,
     need_da: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX like x, dA like a_rd, dB like b_flat); an output that is not needed is an empty tensor (reference implementation).
-
-    Sums into dX run from the last module to the first, LoRA branch before base: the order in which autograd's engine reaches
+    """Sums into dX run from the last module to the first, LoRA branch before base: the order in which autograd's engine reaches
     the nodes of PEFT's graph (latest created first). A different order changes the last bit of every gradient below.
     """
-    count("lora_linear_backward", "reference")
     x_td = x.reshape(-1, x.shape[-1]).to(a_rd.dtype)
     h_tr = h.reshape(len(x_td), a_rd.shape[0])
     da_rd = torch.zeros_like(a_rd) if need_da else a_rd.new_empty(0)
@@ -167,15 +169,11 @@ def lora_linear_backward_op(
     return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
 
 
-@lora_linear_backward_op.register_fake
-def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da):  # type: ignore[no-untyped-def]
-    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    return dx, torch.empty_like(a_rd) if need_da else a_rd.new_empty(0), torch.empty_like(b_flat)
+_backward = Dispatch("lora_linear_backward", _reference_backward)
 
 
-@lora_linear_backward_op.register_kernel("cpu")
-@lora_linear_backward_op.register_kernel("cuda")
-def _lora_linear_backward_grouped(
+@_backward.add("torch")
+def _grouped_backward(
     dys: Sequence[Tensor],
     x: Tensor,
     h: Tensor,
@@ -188,7 +186,6 @@ def _lora_linear_backward_grouped(
     need_dx: bool,
     need_da: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    count("lora_linear_backward", "grouped")
     x_td = x.reshape(-1, x.shape[-1])
     h_tr = h.reshape(len(x_td), a_rd.shape[0])
     dh_tr, db_flat = torch.empty_like(h_tr), torch.empty_like(b_flat)
@@ -206,16 +203,42 @@ def _lora_linear_backward_grouped(
     ):
         dy_tn = dy.reshape(-1, weight.shape[0])
         dy_a = dy_tn.to(a_rd.dtype)
-        torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
-        torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
-        if need_dx:
-            dx_td = dy_tn.mm(weight) if dx_td is None else dx_td.addmm_(dy_tn, weight)
+        scaled_product(dy_a, b_rn.t(), scale, dh_m)
+        scaled_product(h_m.t(), dy_a, scale, db_rn)
+        if need_dx and dx_td is None:
+            dx_td = product(dy_tn, weight)
+        elif need_dx:
+            add_product(dx_td, dy_tn, weight)
     if dx_td is not None:
-        _add_product(dx_td, dh_tr, a_rd)
+        add_product(dx_td, dh_tr, a_rd)
     if b_mask is not None:
         db_flat.mul_(b_mask)
-    da_rd = dh_tr.t().mm(x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
+    da_rd = product(dh_tr.t(), x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
     return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights_nd: Sequence[Tensor],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX like x, dA like a_rd, dB like b_flat); an output that is not needed is an empty tensor."""
+    return _backward(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da)
+
+
+@lora_linear_backward_op.register_fake
+def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, torch.empty_like(a_rd) if need_da else a_rd.new_empty(0), torch.empty_like(b_flat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -227,7 +250,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, h, a_rd, b_flat, b_mask, *weights_nd = ctx.saved_tensors
     dys = [x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy for dy, weight in zip(grads[:-1], weights_nd, strict=True)]
     need_dx, need_da = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -235,9 +258,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return dx if need_dx else None, [None] * len(weights_nd), ctx.bias_grads, da_rd if need_da else None, db_flat, None, None, None
 
 
-lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
-switchable(lora_linear_op)
-switchable(lora_linear_backward_op)
+lora_linear_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def lora_linear(
@@ -264,7 +285,7 @@ def lora_linear(
             f"lora_linear: a_rd {tuple(a_rd.shape)} and b_flat {tuple(b_flat.shape)} do not fit ranks {list(ranks)}, "
             f"outputs {outs} and input width {x.shape[-1]}"
         )
-    return lora_linear_op(x, weights_nd, biases_n, a_rd, b_flat, b_mask, list(ranks), list(scales))[:-1]
+    return call(lora_linear_op, _forward, x, weights_nd, biases_n, a_rd, b_flat, b_mask, list(ranks), list(scales))[:-1]
 
 
 def cost(

@@ -1,0 +1,76 @@
+"""Log-probabilities, loss and the gradient of the hidden states in one pass over the head.
+
+    z_cv = h_cd W_vdᵀ        logp, entropy = rows of z        ℓ = loss(logp, entropy)        dz = rows of z with dℓ/dlogp        dh_cd = dz_cv W_vd
+
+A tile of logits is made, looked at and overwritten with its gradient before the next one is made: 4 c d v operations where a loss that
+needs every log-probability first takes 6 (the logits twice). That works when dℓ/dlogp of a token depends on nothing that other tokens'
+logits say: `losses.policy.is_token_level`. The head is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.gemm import product
+from fastlora.ops.linear_logprob import row_tiles
+from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
+from fastlora.packing import PackedTokens
+
+TILE_ELEMENTS = 256 * 49152
+"""Logits in memory at once: 25 MB in bfloat16. GEMMs of 256 rows run at full speed, and a tile of this size still fits the L3 cache."""
+
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(logp_nt, entropy_nt) -> (loss, metrics)."""
+
+
+def one_pass_loss(
+    hidden_cd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, packed: PackedTokens, temperature: float, loss_of: LossOf
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, differentiable in hidden_cd; metrics) of a token-level loss.
+
+    hidden_cd: [C, d], the hidden states of `packed.predictors_c`. weight_vd, bias_v: the frozen head. loss_of is called once for each tile, with
+    zeros for the tokens outside it, to learn the tile's dℓ/dlogp, and once with everything, for the value and the metrics.
+    """
+    metrics: dict[str, Tensor] = {}
+    loss = _OnePass.apply(hidden_cd, weight_vd, bias_v, packed, temperature, loss_of, metrics)
+    return loss, metrics
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_cd: Tensor,
+        weight_vd: Tensor,
+        bias_v: Tensor | None,
+        packed: PackedTokens,
+        temperature: float,
+        loss_of: LossOf,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:
+        dh_cd, logps, entropies = torch.empty_like(hidden_cd), [], []
+        for pairs, z_cv in row_tiles(hidden_cd, weight_vd, bias_v, TILE_ELEMENTS):
+            targets_c = packed.targets_c[pairs]
+            logp_c, entropy_c, log_z_c = logprob_rows(z_cv, targets_c, temperature, True)
+            with torch.enable_grad():
+                leaf_c = logp_c.detach().requires_grad_()
+                loss, _ = loss_of(packed.unpack(leaf_c, pairs), packed.unpack(entropy_c, pairs))
+            (dlogp_c,) = torch.autograd.grad(loss, leaf_c)
+            logprob_rows_backward_(z_cv, targets_c, dlogp_c, None, log_z_c, entropy_c, temperature)
+            dh_cd[pairs] = product(z_cv, weight_vd)
+            logps.append(logp_c)
+            entropies.append(entropy_c)
+        loss, named = loss_of(packed.unpack(torch.cat(logps)), packed.unpack(torch.cat(entropies)))
+        metrics.update(named)
+        ctx.save_for_backward(dh_cd)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dh_cd,) = ctx.saved_tensors
+        # Almost always exactly 1 (the loss itself is differentiated): no pass over dh then.
+        return dh_cd if float(dloss) == 1.0 else dh_cd * dloss.to(dh_cd.dtype), *(None,) * 6

@@ -1,0 +1,313 @@
+"""packed_attention: causal attention over packed segments of which some continue another, with the rotary embedding folded in.
+
+Tokens of all segments lie in one row; segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1]. A root segment (a prompt, or a whole
+sequence) has roots[s] = s; the segments that continue it (its completions) follow it directly and have roots[s] = the root. With
+R the rotation of Su et al. 2021 (arXiv 2104.09864, eq. 34), h a query head and k(h) the key-value head it shares:
+
+    S_ij = scaling · (R_i q_ih) · (R_j k_jk(h))        p_ij = softmax over j of S_ij        out_ih = Σ_j p_ij v_jk(h)
+
+over j ≤ i of i's own segment, and over all j of its root if that is another segment (with a sliding window, the last `window` of these, i
+included). So a group's prompt costs P tokens, not G · P, and
+everything after it sees exactly what it would see in a sequence of its own.
+
+Backward, with lse_ih = log Σ_j e^S_ij kept and δ_ih = dout_ih · out_ih:
+
+    dv_j = Σ p_ij dout_i        dS_ij = p_ij (dout_i · v_j − δ_i)        dq_i = scaling R_iᵀ Σ_j dS_ij R_j k_j        dk_j likewise
+
+FLOPs: 4 e per query head and visible pair forward, 10 e backward. Implementations: `reference` is one torch SDPA call per segment (or per
+run of equal segments) over root and own keys, whose mask is lower-right causal and never built on a GPU; `cpp` packs the
+keys of a family once for all its segments and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
+
+
+def _rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tensor:
+    if cos_te is None or sin_te is None:
+        return x_the
+    first, second = x_the.chunk(2, dim=-1)
+    return x_the * cos_te[:, None] + torch.cat([-second, first], dim=-1) * sin_te[:, None]
+
+
+def _runs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+    """(first token, segments, length, (first, last) token of the root's keys) of neighbours of one length that have the same root."""
+    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    segments = range(len(roots))
+    for (root, is_root, length), run in groupby(segments, lambda s: (roots[s], roots[s] == s, lengths[s])):
+        first = next(run)
+        shared = (cu_seqlens[first], cu_seqlens[first]) if is_root else (cu_seqlens[root], cu_seqlens[root + 1])
+        yield cu_seqlens[first], 1 + sum(1 for _ in run), length, shared
+
+
+def _attend(q_the: Tensor, k_the: Tensor, v_the: Tensor, cu_seqlens: Sequence[int], roots: Sequence[int], scaling: float, window: int) -> Tensor:
+    outputs = []
+    for first, count, length, (root_first, root_last) in _runs(cu_seqlens, roots):
+        own = slice(first, first + count * length)
+        q = q_the[own].unflatten(0, (count, length)).transpose(1, 2)
+        k, v = (
+            torch.cat([x[root_first:root_last].expand(count, -1, -1, -1), x[own].unflatten(0, (count, length))], dim=1).transpose(1, 2)
+            for x in (k_the, v_the)
+        )
+        mask = _visible(length, k.shape[2], window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat([q_the[:0], *outputs])
+
+
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Lower-right causal: query i sees the keys up to i + keys − queries, of which `window` (0 = all). On a GPU no mask is built."""
+    bias = causal_lower_right(queries, keys)
+    if device.type == "cuda" and not window:
+        return bias
+    mask = bias._materialize(device)
+    return mask.triu(keys - queries - window + 1) if window else mask
+
+
+def _rotated_attention(
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Tensor | None,
+    sin_te: Tensor | None,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
+    head_dim: int,
+    scaling: float,
+    window: int,
+) -> Tensor:
+    q_the, k_the, v_the = (x.view(len(x), -1, head_dim) for x in (q_td, k_td, v_td))
+    q_the, k_the = _rotate(q_the, cos_te, sin_te), _rotate(k_the, cos_te, sin_te)
+    return _attend(q_the, k_the, v_the, cu_seqlens, roots, scaling, window).reshape(q_td.shape)
+
+
+def _reference(
+    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+) -> tuple[Tensor, Tensor]:
+    out_td = _rotated_attention(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+    return out_td, q_td.new_empty(0, dtype=torch.promote_types(q_td.dtype, torch.float32))  # SDPA keeps its lse to itself
+
+
+_forward = Dispatch("packed_attention", _reference)
+
+
+def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
+    if (reason := cpp_refuses(device, *args)) or not args:
+        return reason
+    head_dim = next(arg for arg in args if isinstance(arg, int))  # the first of the numbers
+    return None if head_dim % 32 == 0 else f"it needs a head width that is a multiple of 32, not {head_dim}"
+
+
+@_forward.add("cpp", _cpp_refuses_attention)
+def _cpp(
+    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+) -> tuple[Tensor, Tensor]:
+    places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
+    return torch.ops.fastlora_cpu.packed_attention_forward(q_td, k_td, v_td, cos_te, sin_te, *places, head_dim, scaling, window)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
+def packed_attention_op(
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Tensor | None,
+    sin_te: Tensor | None,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
+    head_dim: int,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
+    return _forward(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+
+
+@packed_attention_op.register_fake
+def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window):  # type: ignore[no-untyped-def]
+    args = (q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+    kept = _forward.select(q_td.device, *args).name == "cpp"
+    wide = torch.promote_types(q_td.dtype, torch.float32)
+    return q_td.new_empty(q_td.shape), q_td.new_empty((q_td.shape[1] // head_dim, len(q_td)) if kept else 0, dtype=wide)
+
+
+def _reference_backward(
+    dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
+        out = _rotated_attention(*leaves, cos_te, sin_te, *layout)
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout_td)
+    return dq, dk, dv
+
+
+_backward = Dispatch("packed_attention_backward", _reference_backward)
+
+
+def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if (reason := _cpp_refuses_attention(device, *args)) or not args:
+        return reason
+    q_td, lse = args[1], args[7]
+    return None if lse.numel() or not len(q_td) else "the forward pass was another implementation's, which keeps no log-sum-exp"
+
+
+@_backward.add("cpp", _cpp_refuses_backward)
+def _cpp_backward(
+    dout_td: Tensor,
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Any,
+    sin_te: Any,
+    out_td: Tensor,
+    lse: Tensor,
+    cu_seqlens: Any,
+    roots: Any,
+    head_dim: int,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
+    return torch.ops.fastlora_cpu.packed_attention_backward(
+        dout_td.contiguous(), q_td, k_td, v_td, cos_te, sin_te, *places, out_td, lse, head_dim, scaling, window
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
+def packed_attention_backward_op(
+    dout_td: Tensor,
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Tensor | None,
+    sin_te: Tensor | None,
+    out_td: Tensor,
+    lse: Tensor,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
+    head_dim: int,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), with respect to the vectors before their rotation."""
+    return _backward(dout_td, q_td, k_td, v_td, cos_te, sin_te, out_td, lse, cu_seqlens, roots, head_dim, scaling, window)
+
+
+@packed_attention_backward_op.register_fake
+def _(dout_td, q_td, k_td, v_td, *rest):  # type: ignore[no-untyped-def]
+    return q_td.new_empty(q_td.shape), k_td.new_empty(k_td.shape), v_td.new_empty(v_td.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, roots, head_dim, scaling, window = inputs
+    ctx.layout = (list(cu_seqlens), list(roots), head_dim, scaling, window)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, dout_td: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return *packed_attention_backward_op(dout_td, *ctx.saved_tensors, *ctx.layout), *(None,) * 7
+
+
+packed_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def packed_attention(
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
+    *,
+    head_dim: int,
+    scaling: float,
+    cos_te: Tensor | None = None,
+    sin_te: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """out [t, H e] of q [t, H e], k and v [t, K e], K dividing H; e = head_dim, t = cu_seqlens[-1]. Differentiable in q, k and v.
+
+    cu_seqlens: ints [segments + 1] from 0; roots: ints [segments], see the head of this file. cos_te, sin_te: [t, e] in the dtype of q,
+    frozen, or None for no rotation. window: tokens that a query sees at most, itself included; None = all. Raises ValueError when shapes disagree or a family's segments are not adjacent.
+    """
+    t = len(q_td)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != t or len(roots) != len(cu_seqlens) - 1 or len(k_td) != t or v_td.shape != k_td.shape:
+        raise ValueError(
+            f"packed_attention: q {tuple(q_td.shape)}, k {tuple(k_td.shape)}, v {tuple(v_td.shape)}, {len(roots)} roots and "
+            f"cu_seqlens {list(cu_seqlens)} do not fit"
+        )
+    if q_td.shape[1] % head_dim or k_td.shape[1] % head_dim or q_td.shape[1] % k_td.shape[1]:
+        raise ValueError(f"packed_attention: widths {q_td.shape[1]} and {k_td.shape[1]} are not heads of width {head_dim} that share keys")
+    if any(root not in (s, roots[s - 1] if s else s) for s, root in enumerate(roots)):
+        raise ValueError(f"packed_attention: roots {list(roots)}: segments that share a root must follow it without a gap")
+    args = (q_td, k_td, v_td, cos_te, sin_te, list(cu_seqlens), list(roots), head_dim, scaling, window or 0)
+    return call(packed_attention_op, _forward, *args)[0]
+
+
+def visible_pairs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> int:
+    """Number of (query, key) pairs that attention computes for one head."""
+    return sum(
+        count * length * (root_last - root_first) + count * length * (length + 1) // 2
+        for _, count, length, (root_first, root_last) in _runs(cu_seqlens, roots)
+    )
+
+
+def cost(
+    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+) -> Cost:
+    """Forward pass: two products a visible pair; q, k, v and out once."""
+    pairs = visible_pairs(cu_seqlens, roots)
+    return Cost(4 * q_td.shape[1] * pairs, (2 * q_td.numel() + 2 * k_td.numel()) * q_td.element_size())
+
+
+def backward_cost(
+    dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Any, lse: Any, *layout: Any
+) -> Cost:
+    """Backward pass: five products a visible pair; q, k, v, out, dout and the three gradients once."""
+    pairs = visible_pairs(layout[0], layout[1])
+    return Cost(10 * q_td.shape[1] * pairs, (4 * q_td.numel() + 4 * k_td.numel()) * q_td.element_size())
+
+
+def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """No token; one; ragged families with several heads to a key; lone sequences without a rotation; a block border (48) crossed; a window."""
+    generator = torch.Generator().manual_seed(0)
+    for lengths, roots, heads, key_heads, rotated, window in (
+        ((), (), 1, 1, True, 0),
+        ((1,), (0,), 1, 1, True, 0),
+        ((5, 3, 3, 1, 17, 2), (0, 0, 0, 0, 4, 4), 3, 1, True, 0),
+        ((7, 63), (0, 1), 2, 2, False, 0),
+        ((33, 50, 49), (0, 0, 0), 2, 1, True, 0),
+        ((33, 50, 49), (0, 0, 0), 2, 1, True, 20),
+    ):
+        cu_seqlens = [0]
+        for length in lengths:
+            cu_seqlens.append(cu_seqlens[-1] + length)
+        t, e = cu_seqlens[-1], 32
+        q, k, v = (
+            torch.randn(t, n * e, generator=generator, dtype=torch.float64).to(dtype).to(device) for n in (heads, key_heads, key_heads)
+        )
+        angles = torch.rand(t, e // 2, generator=generator, dtype=torch.float64).repeat(1, 2).to(device) * 6
+        tables = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotated else (None, None)
+        yield *(x.requires_grad_() for x in (q, k, v)), *tables, cu_seqlens, list(roots), e, e**-0.5, window
+
+
+def backward_sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """The forward samples with a gradient."""
+    for q, k, v, *tables, cu_seqlens, roots, head_dim, scaling, window in sample_inputs(dtype, device):
+        inputs = (q.detach(), k.detach(), v.detach(), *tables)
+        out, lse = packed_attention_op(*inputs, cu_seqlens, roots, head_dim, scaling, window)
+        yield out.cos(), *inputs, out, lse, cu_seqlens, roots, head_dim, scaling, window
+
+
+SPEC = OpSpec("packed_attention", packed_attention_op, sample_inputs, cost)
+BACKWARD_SPEC = OpSpec("packed_attention_backward", packed_attention_backward_op, backward_sample_inputs, backward_cost)
