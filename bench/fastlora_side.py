@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.contender import Clock, Command, Commands, Contender, Report
 from bench.workload import run_config
 from fastlora.build import Parts, build
+from fastlora.config import RunConfig
 from fastlora.flat import FlatParameters
 from fastlora.metrics import MetricsWriter
 from fastlora.objectives import PolicyObjective
@@ -37,7 +38,7 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
     )
     parts = build(config, Console(quiet=True))
     if contender.work == "step":
-        parts = without_eos(parts)
+        parts = without_eos(config, parts)
     with tempfile.TemporaryDirectory() as run, parts.rewards, use_implementation(config.trainer.implementation):
         trainer = Trainer(config, parts, RunFolder(Path(run)))
         if contender.work == "step":
@@ -46,12 +47,9 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
             serve_updates(trainer, parts, commands, report)
 
 
-def without_eos(parts: Parts) -> Parts:
+def without_eos(config: RunConfig, parts: Parts) -> Parts:
     """The same run with a sampler that never ends a completion early: every step samples the same number of tokens."""
     model = replace(parts.model, eos_ids=())
-    objective = parts.objective
-    assert isinstance(objective, PolicyObjective)
-    config = objective._config
     sampler = TorchSampler(model, config.rollout.batch_size)
     live = PolicyObjective(config, model, parts.adapter, sampler, parts.rewards, parts.eval_examples)  # eval_examples = the problems
     return replace(parts, model=model, sampler=sampler, objective=live)
