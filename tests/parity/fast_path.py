@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from bench.double import in_double
 from fastlora.config import LoraConfig, LossConfig
 from fastlora.lora.packed import PackedAdapter, attach
 from fastlora.losses.policy import policy_loss
@@ -99,24 +99,6 @@ def plain_logp(self: GRPOTrainer, model: nn.Module, ids: Tensor, mask: Tensor, k
     log_p = model(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1].log_softmax(-1)
     logp_nt = log_p.gather(-1, ids[:, -keep:, None]).squeeze(-1)
     return logp_nt * mask[:, -keep:], -(log_p.exp() * log_p).sum(-1), None
-
-
-def rotary_in_double(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [n, t, head_dim] of the rotary position embedding (Su et al. 2021, eq. 34)."""
-    angles = (position_ids[..., None].double() * rotary.inv_freq.double()).repeat(1, 1, 2)
-    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
-
-
-def in_double(model: PreTrainedModel) -> PreTrainedModel:
-    """An fp64 copy. Transformers computes RMS norms and rotary angles in fp32 whatever the model's dtype; here the same formulas
-    run in fp64: rotations are relative, and only then do left-padded and packed positions give the same attention to 1e-16."""
-    double = copy.deepcopy(model).double()
-    for module in double.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.variance_epsilon)
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.forward = partial(rotary_in_double, module)
-    return double
 
 
 def truth_trainer(model: PreTrainedModel, config: LoraConfig, adapter: PackedAdapter) -> GRPOTrainer:
