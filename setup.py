@@ -21,7 +21,17 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Icsrc"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Icsrc",
+]
 VARIANTS = {
     "x86_64": {
         "generic": ["-march=x86-64"],

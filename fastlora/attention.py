@@ -1,12 +1,13 @@
 """Attention over packed tokens, under Hugging Face's attention interface.
 
 A model loaded with `attn_implementation = ATTENTION` runs torch's SDPA exactly as transformers does, until it is called with
-`cu_seqlens` and `roots`: then the batch is one row of segments of which some continue another (`ops.packed_attention`), and no mask
-is built.
+`cu_seqlens` and `roots` or with a `cache`: then the batch is one row of tokens, of segments of which some continue another
+(`ops.packed_attention`) or of completions being sampled (`kv_cache.GroupCache`), and no mask is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,22 +28,30 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """query [1, H, t, e], key and value [1, K, t, e] -> [1, t, H, e]."""
-    cu_seqlens, roots = kwargs.pop("cu_seqlens", None), kwargs.pop("roots", None)
-    if cu_seqlens is None:
+    layout = {name: kwargs.pop(name) for name in LAYOUT if name in kwargs}
+    if not layout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     head_dim, scaling = query.shape[-1], kwargs.get("scaling")
-    q_td, k_td, v_td = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
-    out_td = packed_attention(
-        q_td,
-        k_td,
-        v_td,
-        cu_seqlens,
-        roots,
+    out_td = attend_packed(
+        module,
+        *(x[0].transpose(0, 1).flatten(1) for x in (query, key, value)),
+        layout,
         head_dim=head_dim,
         scaling=head_dim**-0.5 if scaling is None else scaling,
         window=kwargs.get("sliding_window"),
     )
     return out_td.view(1, len(out_td), -1, head_dim), None
+
+
+LAYOUT = ("cache", "cu_seqlens", "roots")
+"""Arguments of a packed call of the model: `cache`, or `cu_seqlens` and `roots`."""
+
+
+def attend_packed(module: Any, q_td: Tensor, k_td: Tensor, v_td: Tensor, layout: Mapping[str, Any], **options: Any) -> Tensor:
+    """Attention of one layer in a packed call: q [t, H e], k and v [t, K e] -> [t, H e]; options as `ops.packed_attention`'s."""
+    if "cache" in layout:
+        return layout["cache"].attend(module.layer_idx, q_td, k_td, v_td, **options)
+    return packed_attention(q_td, k_td, v_td, layout["cu_seqlens"], layout["roots"], **options)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastlora.ops.packed_attention import packed_attention
+from fastlora.attention import LAYOUT, attend_packed
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.swiglu import swiglu
 
@@ -74,25 +74,18 @@ def _mlp_forward(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _attention_forward(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Packed calls only; a padded batch or one with a KV cache goes to the module's own forward."""
+    """Packed calls only; a padded batch goes to the module's own forward."""
 
     def forward(self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> Any:
-        if "cu_seqlens" not in kwargs:
+        layout = {name: kwargs[name] for name in LAYOUT if name in kwargs}
+        if not layout:
             return own(hidden_states, position_embeddings=position_embeddings, **kwargs)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if hasattr(self, "q_norm"):
             q, k = (norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        cos, sin = position_embeddings
-        out_td = packed_attention(
-            *(x[0] for x in (q, k, v)),
-            kwargs["cu_seqlens"],
-            kwargs["roots"],
-            head_dim=self.head_dim,
-            scaling=self.scaling,
-            cos_te=cos[0],
-            sin_te=sin[0],
-            window=getattr(self, "sliding_window", None),
-        )
+        tables = {"cos_te": position_embeddings[0][0], "sin_te": position_embeddings[1][0]}
+        options = {"head_dim": self.head_dim, "scaling": self.scaling, "window": getattr(self, "sliding_window", None)}
+        out_td = attend_packed(self, q[0], k[0], v[0], layout, **tables, **options)
         return self.o_proj(out_td[None]), None
 
     return forward

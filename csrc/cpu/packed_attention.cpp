@@ -51,15 +51,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// x' = x cos + rotate_half(x) sin, or its transpose; null cos: unchanged. width is a multiple of 32.
-template <class T> INLINE void load_rotated(float* to, const T* x, const T* cos, const T* sin, int64_t width) {
-  const int64_t half = width / 2;
-  for (int64_t j = 0; j < half; j += kLanes) {
-    const floatv a = load(x + j), b = load(x + half + j);
-    store(to + j, cos ? a * load(cos + j) - b * load(sin + j) : a);
-    store(to + half + j, cos ? b * load(cos + half + j) + a * load(sin + half + j) : b);
-  }
-}
+// The transpose of the rotation (simd.h): x cos - rotate_half(x sin).
 template <class T> INLINE void store_unrotated(T* to, const float* x, const T* cos, const T* sin, int64_t width) {
   const int64_t half = width / 2;
   for (int64_t j = 0; j < half; j += kLanes) {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -81,15 +81,23 @@ template <class T> INLINE void store_upto(T* p, floatv v, int64_t left) {
 
 // Pairwise.
 INLINE float sum(floatv v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   return v[0];
+#endif
 }
 INLINE floatv maximum(floatv a, floatv b) { return a > b ? a : b; }
 INLINE float maximum(floatv v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
+#endif
 }
 
 // e^x to 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor of degree 6 in r, times 2^n. Below -87 the result is 0, above 88 it is inf.
@@ -112,6 +120,16 @@ INLINE floatv exp(floatv x) {
   result = x0 < low ? floatv{} : result;
   result = x0 > high ? broadcast(INFINITY) : result;
   return x0 != x0 ? x0 : result;
+}
+
+// Rotary embedding (Su et al. 2021) of one head: x' = x cos + rotate_half(x) sin into floats; null cos copies. width is a multiple of 2 kLanes.
+template <class T> INLINE void load_rotated(float* to, const T* x, const T* cos, const T* sin, int64_t width) {
+  const int64_t half = width / 2;
+  for (int64_t j = 0; j < half; j += kLanes) {
+    const floatv a = load(x + j), b = load(x + half + j);
+    store(to + j, cos ? a * load(cos + j) - b * load(sin + j) : a);
+    store(to + half + j, cos ? b * load(cos + half + j) + a * load(sin + half + j) : b);
+  }
 }
 
 }  // namespace fastlora::VARIANT

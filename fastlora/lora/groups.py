@@ -6,7 +6,8 @@ collect their outputs. In the backward pass the group is a single node that rece
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,34 @@ from fastlora.ops.lora_linear import lora_linear
 
 class AttachError(FastloraError):
     """The adapter does not fit the model; the message names the module."""
+
+
+class _FrozenGroup:
+    """A group's weights for sampling on a CPU: W of all members and A as one matrix in oneDNN's own layout, s B as one block-diagonal one.
+
+    Two GEMMs a call instead of 1 + 2 per member, and no repacking of the weights at each: 16 rows through gate and up of SmolLM2 take
+    164 µs instead of 278 in bfloat16.
+    """
+
+    def __init__(self, group: LoraGroup, dtype: torch.dtype) -> None:
+        self._widths = [layer.weight.shape[0] for layer in group.layers]
+        b_parts = group.b_flat.detach().split([n * r for n, r in zip(self._widths, group.ranks, strict=True)])
+        blocks = [(scale * b.view(r, n)).t() for b, r, n, scale in zip(b_parts, group.ranks, self._widths, group.scales, strict=True)]
+        self._b_nr = torch.block_diag(*blocks).to(dtype)
+        weight = torch.cat([*(layer.weight for layer in group.layers), group.a_rd.detach().to(dtype)])
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self._bias = None
+        if any(layer.bias is not None for layer in group.layers):
+            biases = [
+                weight.new_zeros(n) if layer.bias is None else layer.bias for layer, n in zip(group.layers, self._widths, strict=True)
+            ]
+            self._bias = torch.cat([*biases, weight.new_zeros(len(group.a_rd))])
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        yh = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y, h = yh.flatten(0, -2).split([len(self._b_nr), self._b_nr.shape[1]], dim=1)
+        y.addmm_(h, self._b_nr.t())
+        return [part.view(*x.shape[:-1], -1) for part in y.split(self._widths, dim=1)]
 
 
 class LoraGroup:
@@ -40,6 +69,7 @@ class LoraGroup:
         self.a_rd, self.b_flat, self.b_mask = a_rd, b_flat, b_mask
         self.cast_to_input = cast_to_input
         self.enabled = True
+        self.frozen: _FrozenGroup | None = None
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
@@ -61,6 +91,8 @@ class LoraGroup:
         return y
 
     def _compute(self, x: Tensor) -> list[Tensor]:
+        if self.frozen is not None and x.numel():
+            return self.frozen(x)
         a_rd, b_flat = (p.to(x.dtype) if self.cast_to_input else p for p in (self.a_rd, self.b_flat))
         weights = [layer.weight for layer in self.layers]
         return lora_linear(x, weights, [layer.bias for layer in self.layers], a_rd, b_flat, self.ranks, self.scales, self.b_mask)
@@ -82,6 +114,31 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [*, d] -> y [*, n]."""
         return self.group.forward(self.member, x)
+
+
+@contextmanager
+def frozen_adapters(model: nn.Module) -> Iterator[None]:
+    """For many small forward passes without gradient: inside, neither adapter nor base weights may change. Costs a copy of the weights.
+
+    Only where the adapter runs in the dtype of the activations, on a CPU with oneDNN; elsewhere nothing happens.
+    """
+    groups = {id(layer.group): layer.group for layer in model.modules() if isinstance(layer, LoraLinear)}
+    weights = {group: group.layers[0].weight for group in groups.values()}
+    frozen = {
+        group: w
+        for group, w in weights.items()
+        if group.cast_to_input
+        and w.device.type == "cpu"
+        and w.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+    }
+    for group, weight in frozen.items():
+        group.frozen = _FrozenGroup(group, weight.dtype)
+    try:
+        yield
+    finally:
+        for group in frozen:
+            group.frozen = None
 
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:

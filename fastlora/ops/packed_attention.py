@@ -33,7 +33,8 @@ from torch.nn.attention.bias import causal_lower_right
 from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
-def _rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tensor:
+def rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tensor:
+    """The rotary embedding of heads [t, H, e] by tables [t, e]; None: unchanged."""
     if cos_te is None or sin_te is None:
         return x_the
     first, second = x_the.chunk(2, dim=-1)
@@ -50,7 +51,9 @@ def _runs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[int
         yield cu_seqlens[first], 1 + sum(1 for _ in run), length, shared
 
 
-def _attend(q_the: Tensor, k_the: Tensor, v_the: Tensor, cu_seqlens: Sequence[int], roots: Sequence[int], scaling: float, window: int) -> Tensor:
+def _attend(
+    q_the: Tensor, k_the: Tensor, v_the: Tensor, cu_seqlens: Sequence[int], roots: Sequence[int], scaling: float, window: int
+) -> Tensor:
     outputs = []
     for first, count, length, (root_first, root_last) in _runs(cu_seqlens, roots):
         own = slice(first, first + count * length)
@@ -87,12 +90,21 @@ def _rotated_attention(
     window: int,
 ) -> Tensor:
     q_the, k_the, v_the = (x.view(len(x), -1, head_dim) for x in (q_td, k_td, v_td))
-    q_the, k_the = _rotate(q_the, cos_te, sin_te), _rotate(k_the, cos_te, sin_te)
+    q_the, k_the = rotate(q_the, cos_te, sin_te), rotate(k_the, cos_te, sin_te)
     return _attend(q_the, k_the, v_the, cu_seqlens, roots, scaling, window).reshape(q_td.shape)
 
 
 def _reference(
-    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Any,
+    sin_te: Any,
+    cu_seqlens: Any,
+    roots: Any,
+    head_dim: int,
+    scaling: float,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     out_td = _rotated_attention(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
     return out_td, q_td.new_empty(0, dtype=torch.promote_types(q_td.dtype, torch.float32))  # SDPA keeps its lse to itself
@@ -110,7 +122,16 @@ def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
 
 @_forward.add("cpp", _cpp_refuses_attention)
 def _cpp(
-    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Any,
+    sin_te: Any,
+    cu_seqlens: Any,
+    roots: Any,
+    head_dim: int,
+    scaling: float,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
     return torch.ops.fastlora_cpu.packed_attention_forward(q_td, k_td, v_td, cos_te, sin_te, *places, head_dim, scaling, window)
@@ -250,7 +271,8 @@ def packed_attention(
         raise ValueError(f"packed_attention: widths {q_td.shape[1]} and {k_td.shape[1]} are not heads of width {head_dim} that share keys")
     if any(root not in (s, roots[s - 1] if s else s) for s, root in enumerate(roots)):
         raise ValueError(f"packed_attention: roots {list(roots)}: segments that share a root must follow it without a gap")
-    args = (q_td, k_td, v_td, cos_te, sin_te, list(cu_seqlens), list(roots), head_dim, scaling, window or 0)
+    tensors = (x.contiguous() for x in (q_td, k_td, v_td))
+    args = (*tensors, cos_te, sin_te, list(cu_seqlens), list(roots), head_dim, scaling, window or 0)
     return call(packed_attention_op, _forward, *args)[0]
 
 
@@ -263,7 +285,16 @@ def visible_pairs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> int:
 
 
 def cost(
-    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, window: int
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Any,
+    sin_te: Any,
+    cu_seqlens: Any,
+    roots: Any,
+    head_dim: int,
+    scaling: float,
+    window: int,
 ) -> Cost:
     """Forward pass: two products a visible pair; q, k, v and out once."""
     pairs = visible_pairs(cu_seqlens, roots)
