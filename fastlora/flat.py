@@ -44,7 +44,7 @@ class FlatParameters:
     def trainable_index(self) -> Tensor | None:
         """int32 [k], ascending: elements of the buffer that are in a segment and that the mask lets train; None where there is no mask.
 
-        Raises ValueError when a masked buffer is too long for int32: 2^31 entries.
+        Raises ValueError when a masked buffer is too long for int32.
         """
         if self.mask is None:
             return None
