@@ -132,7 +132,7 @@ def test_a_state_made_under_another_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="the state was made under another mask on B"):
         second.load_state_dict(first.state_dict())
     assert not second.exp_avg.any()
-    with pytest.raises(ValueError, match="missing or unknown: index_k$"):
+    with pytest.raises(ValueError, match=r"missing or unknown: index_k$"):
         second.load_state_dict(dense)
 
 
