@@ -35,4 +35,4 @@ WITHOUT_FMA = 1.25
 rounding: one more of a sum's two or three roundings counts, 1.14 measured. The kernels with FMA are held to 1."""
 
 PARAMETER_ROUNDED_ONCE = 0.7
-"""RMS error of AdamW's parameters over torch's: one rounding a step instead of two, 1/√2, less where torch rounds 1 − lr λ; .54 measured."""
+"""RMS error of AdamW's parameters over torch's: one rounding a step, not two: 1/√2, less where torch rounds 1 − lr λ; .54 measured."""
