@@ -26,7 +26,7 @@ class FlatParameters:
     segments: tuple[Segment, ...]
     """One per matrix, in the order of PEFT's parameters."""
     mask: Tensor | None = None
-    """bool [N], entries that train; None = all."""
+    """bool [N], entries of segments that train; None = all."""
 
     @classmethod
     def zeros(cls, size: int, segments: Sequence[Segment], device: torch.device) -> FlatParameters:
@@ -41,10 +41,25 @@ class FlatParameters:
         leaf.grad = self.grad[offset : offset + size].view(shape)
         return leaf
 
+    def trainable_index(self) -> Tensor | None:
+        """int32 [k], ascending: elements of the buffer that are in a segment and that the mask lets train; None where there is no mask.
+
+        Raises ValueError when a masked buffer is too long for int32.
+        """
+        if self.mask is None:
+            return None
+        if len(self.data) > torch.iinfo(torch.int32).max:
+            raise ValueError(f"a mask on B goes with up to 2^31 - 1 parameters, here are {len(self.data)}: lower lora.r")
+        trains = torch.zeros_like(self.mask)
+        for s in self.segments:
+            trains[s.offset :][: s.numel] = self.mask[s.offset :][: s.numel]
+        return trains.nonzero().squeeze(1).to(torch.int32)
+
     @property
     def num_trainable(self) -> int:
         """Entries that can move."""
-        return sum(s.numel for s in self.segments) if self.mask is None else int(self.mask.sum())
+        index_k = self.trainable_index()
+        return sum(s.numel for s in self.segments) if index_k is None else len(index_k)
 
 
 def flatten_model(model: nn.Module) -> FlatParameters:

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from fastlora.config import ConfigError, OptimConfig
 from fastlora.errors import FastloraError
 from fastlora.flat import FlatParameters
-from fastlora.ops.adamw_step import adamw_step, clip_coefficient, gradient_norms, total_norm
+from fastlora.ops.adamw_step import adamw_step, clip_coefficient, gradient_norms, segment_table, total_norm
 
 
 class NonFiniteError(FastloraError):
@@ -42,14 +42,19 @@ class StepResult:
 class AdamW:
     """AdamW with clipping by global norm; steps that are not finite change nothing and are counted.
 
-    Bitwise `accelerator.clip_grad_norm_` and `torch.optim.AdamW(fused=True)` on PEFT's tensors, as TRL runs them.
+    The reference is bitwise `accelerator.clip_grad_norm_` and `torch.optim.AdamW(fused=True)` on PEFT's tensors, as TRL runs them. The
+    mask of `flat` is read once, here: moments exist for the entries that train only.
     """
 
     def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
         self.flat = flat
         self.config = config
-        self.exp_avg = torch.zeros_like(flat.data)
-        self.exp_avg_sq = torch.zeros_like(flat.data)
+        self.index_k = flat.trainable_index()
+        """int32 [k], where in the buffer the entries are that train; None = every entry of every segment."""
+        self.exp_avg = flat.data.new_zeros(len(flat.data) if self.index_k is None else len(self.index_k))
+        """[k], or [N] without an index; `exp_avg_sq` alike."""
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self._table_m6 = segment_table(flat.segments, self.index_k)
         self.steps_done = 0
         """Steps that moved the parameters: the k of AdamW's bias corrections."""
         self.steps_skipped = 0
@@ -65,7 +70,7 @@ class AdamW:
         schedule follows attempted steps, so that it ends where the run ends. Raises NonFiniteError at the
         `max_nonfinite_steps`-th skip in a row.
         """
-        norms_m = gradient_norms(self.flat.grad, self.flat.segments)
+        norms_m = gradient_norms(self.flat.grad, self._table_m6, self.index_k)
         norm = total_norm(norms_m)
         grad_norm = float(norm)
         if not (loss_finite and math.isfinite(grad_norm)):
@@ -79,8 +84,8 @@ class AdamW:
             self.flat.grad,
             self.exp_avg,
             self.exp_avg_sq,
-            self.flat.mask,
-            self.flat.segments,
+            self._table_m6,
+            self.index_k,
             clip_coef=clip_coef,
             step=self.steps_done,
             lr=lr,
@@ -105,27 +110,33 @@ class AdamW:
         )
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """Both moments [N] (the tensors themselves, not copies) and the three counts."""
+        """Both moments, under a mask the index that they go by (the tensors themselves, not copies), and the three counts."""
+        index = {} if self.index_k is None else {"index_k": self.index_k}
         return {
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
+            **index,
             "steps_done": self.steps_done,
             "steps_skipped": self.steps_skipped,
             "consecutive_skips": self.consecutive_skips,
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Take over a state that `state_dict` gave; raises ValueError when it is not one of this layout."""
+        """Take over a state that `state_dict` gave; raises ValueError, before anything is copied, when it is not one of this layout."""
+        own_tensors = {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
         if different := sorted(self.state_dict().keys() ^ state.keys()):
             raise ValueError(f"optimizer state: these entries are missing or unknown: {', '.join(different)}")
-        for name, own in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+        for name, own in own_tensors.items():
             saved = torch.as_tensor(state[name])
             if (saved.shape, saved.dtype) != (own.shape, own.dtype):
                 raise ValueError(
                     f"optimizer state: {name} is {saved.dtype} {tuple(saved.shape)}, the adapter's layout needs {own.dtype} "
                     f"{tuple(own.shape)}: the state belongs to another adapter"
                 )
-            own.copy_(saved)
+        if self.index_k is not None and not torch.equal(torch.as_tensor(state["index_k"]).to(self.index_k.device), self.index_k):
+            raise ValueError("optimizer state: index_k holds other positions: the state was made under another mask on B")
+        for name in ("exp_avg", "exp_avg_sq"):
+            own_tensors[name].copy_(torch.as_tensor(state[name]))
         self.steps_done = int(state["steps_done"])
         self.steps_skipped = int(state["steps_skipped"])
         self.consecutive_skips = int(state["consecutive_skips"])

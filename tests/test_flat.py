@@ -29,8 +29,25 @@ def test_a_parameter_is_a_view_of_both_buffers() -> None:
         (leaf * leaf).sum().backward()
     assert torch.equal(flat.grad[7:22], 4 * torch.arange(15.0)) and not flat.grad[:7].any() and not flat.grad[22:].any()
     assert flat.num_trainable == 15
-    flat.mask = torch.arange(40) < 10
-    assert flat.num_trainable == 10
+
+
+def test_what_trains_is_in_a_segment_and_under_the_mask() -> None:
+    """Segments in any order; True in a gap or in a matrix without a segment (a frozen A) counts for nothing."""
+    flat = FlatParameters.zeros(40, (Segment("b", 30, (2, 2), True), Segment("a", 7, (3, 5), False)), torch.device("cpu"))
+    assert flat.trainable_index() is None and flat.num_trainable == 19
+    flat.mask = torch.zeros(40, dtype=torch.bool)
+    flat.mask[[0, 6, 7, 21, 22, 29, 31, 33, 34]] = True
+    index_k = flat.trainable_index()
+    assert index_k is not None and index_k.dtype == torch.int32 and index_k.tolist() == [7, 21, 31, 33]
+    assert flat.num_trainable == 4
+    flat.mask = torch.zeros(40, dtype=torch.bool)
+    assert flat.num_trainable == 0
+
+
+def test_positions_that_do_not_fit_int32_are_refused() -> None:
+    flat = FlatParameters(*(torch.empty(2**31, device="meta") for _ in range(2)), (), torch.empty(2**31, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"up to 2\^31 - 1 parameters, here are 2147483648: lower lora.r"):
+        flat.trainable_index()
 
 
 def test_a_flat_model_is_the_model(tiny_model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from transformers import get_scheduler
 from fastlora.config import ConfigError, OptimConfig
 from fastlora.optim import AdamW, NonFiniteError, learning_rates
 from tests.flat import make_flat
+from tests.tolerances import FP32_ADAMW
 
 
 def test_a_bad_step_changes_nothing_and_is_counted() -> None:
@@ -93,6 +94,46 @@ def test_a_state_of_another_layout_is_refused() -> None:
     del state["exp_avg"]
     with pytest.raises(ValueError, match=r"missing or unknown: exp_avg$"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.5, 1.0])
+def test_state_and_work_follow_the_entries_that_train(density: float) -> None:
+    """Counted, not timed: two float32 moments and an int32 position for each, and an op that is given nothing else to go by."""
+    flat = make_flat(((16, 640, 480),))
+    flat.mask = torch.rand(len(flat.data)) < density
+    k = int((flat.mask & ~flat.gaps).sum())
+    optimizer = AdamW(flat, OptimConfig(weight_decay=0.1))
+    assert flat.num_trainable == k
+    assert optimizer.exp_avg.nbytes + optimizer.exp_avg_sq.nbytes == 2 * k * 4
+    assert sum(x.nbytes for x in optimizer.state_dict().values() if isinstance(x, torch.Tensor)) == 3 * k * 4
+    before = flat.data.clone()
+    flat.grad.copy_(torch.randn_like(flat.data)).masked_fill_(~flat.mask, 0.0)
+    result = optimizer.step(1e-2)
+    moved = flat.data != before
+    assert torch.equal(moved, flat.mask & ~flat.gaps) and not result.skipped
+    assert result.norms_m.tolist() == pytest.approx([float(g.double().norm()) for g in flat.read(flat.grad)], rel=FP32_ADAMW)
+
+
+def test_without_a_mask_the_state_is_dense() -> None:
+    flat = make_flat()
+    assert AdamW(flat, OptimConfig()).state_dict().keys() == {"exp_avg", "exp_avg_sq", "steps_done", "steps_skipped", "consecutive_skips"}
+    assert AdamW(flat, OptimConfig()).exp_avg.shape == flat.data.shape
+
+
+def test_a_state_made_under_another_mask_is_refused() -> None:
+    """As many entries, but others; and a mask where there was none, or the reverse. Nothing is copied."""
+    flat = make_flat()
+    dense = AdamW(flat, OptimConfig()).state_dict()
+    flat.mask = torch.arange(len(flat.data)) < 5
+    first = AdamW(flat, OptimConfig())
+    flat.mask = (torch.arange(len(flat.data)) < 6) & (torch.arange(len(flat.data)) > 0)
+    second = AdamW(flat, OptimConfig())
+    first.exp_avg.fill_(1.0)
+    with pytest.raises(ValueError, match="the state was made under another mask on B"):
+        second.load_state_dict(first.state_dict())
+    assert not second.exp_avg.any()
+    with pytest.raises(ValueError, match=r"missing or unknown: index_k$"):
+        second.load_state_dict(dense)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,26 @@
 """AdamW on the flat buffers, with the clip folded in and every matrix's gradient norm.
 
-All trainable matrices live in one buffer [N]; gradient and both moments have the same layout, and a `Segment` says where each
-matrix lies. With g the accumulated gradient, c the clip coefficient and k = 1, 2, ... the number of the step:
+All trainable matrices live in one buffer [N], gradient alike, and a `Segment` says where each matrix lies. Where everything trains the
+two moments have that layout too. Where a mask freezes entries the moments hold the k others only, in the order of the buffer, and
+`index_k` says where in the buffer each of them is: memory and time follow k. With g the accumulated gradient, c the clip coefficient
+and t = 1, 2, ... the number of the step, for every entry that trains:
 
     g ← c g                         c = min(1, max_grad_norm / (‖(‖g_1‖, ..., ‖g_M‖)‖ + 1e-6))
     θ ← θ (1 − lr λ)                decoupled weight decay λ
     m ← m + (1 − β1)(g − m)
     v ← β2 v + (1 − β2) g²
-    θ ← θ − lr / (1 − β1^k) · m / (√v / √(1 − β2^k) + ε)
+    θ ← θ − lr / (1 − β1^t) · m / (√v / √(1 − β2^t) + ε)
 
-Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, in the form and rounding of `torch.optim.AdamW(fused=True)`. Where a
-mask is False nothing happens: θ does not move, is not decayed, and m = v = 0.
+Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, in the form of `torch.optim.AdamW(fused=True)`. What is frozen does not move,
+nor is it decayed or read.
 
 The reference is bitwise what torch computes on separate tensors in PEFT's layout (B is [n,r] there, [r,n] here). It has to go
 back to that layout for two reasons. A norm sums in memory order. And torch's vector loop (16 floats with AVX512, 8 with AVX2)
 rounds unlike its scalar tail: the last numel mod 16 entries of each tensor differ by 1 ulp in θ and 2 in v after 10 steps if a
 vector covers them (measured, torch 2.13, Zen 4), and which entries are the last depends on the layout.
+
+The C++ kernels make one pass over the entries where they are. They sum squares in double, and round θ once, so that they are
+nearer to the formula than torch is; in bits they differ from it.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
 
 ALIGNMENT = 16
 """Elements; layouts start their blocks (a group's A, a group's B, a weight of the model) at multiples of this: 64 bytes in fp32, a
@@ -66,13 +71,27 @@ class Segment:
         return self.shape[0] * self.shape[1]
 
 
-def gradient_norms(grad: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """L2 norm of each matrix of a flat gradient [N]: norms_m, in the order of `segments`, in the gradient's dtype.
+def segment_table(segments: Sequence[Segment], index_k: Tensor | None) -> Tensor:
+    """table_m6, int64 [M, 6] on the CPU, the segments as the ops take them: offset, rows, cols (as stored), transposed (0, 1), begin, end.
 
-    Bitwise `torch.linalg.vector_norm` of PEFT's contiguous tensors. Entries that a mask freezes must hold 0 already (the
-    backward leaves them so).
+    [begin, end) counts entries of the moments: a segment's own place in the buffer, or its range in index_k (see `adamw_step`).
     """
-    return gradient_norms_op(grad, *_columns(segments))
+    offsets = torch.tensor([s.offset for s in segments], dtype=torch.int64)
+    numels = torch.tensor([s.numel for s in segments], dtype=torch.int64)
+    ranges = torch.stack([offsets, offsets + numels], 1)
+    if index_k is not None:
+        ranges = torch.searchsorted(index_k.cpu().long(), ranges)
+    places = [[s.offset, *s.shape, int(s.transposed)] for s in segments]
+    return torch.cat([torch.tensor(places, dtype=torch.int64).view(-1, 4), ranges], 1)
+
+
+def gradient_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
+    """L2 norm of each matrix of a flat gradient [N]: norms_m [M], in the order of the table, in the gradient's dtype.
+
+    table_m6, index_k: see `adamw_step`; entries that index_k leaves out count as 0, whatever they hold. The reference is bitwise
+    `torch.linalg.vector_norm` of PEFT's contiguous tensors. Raises RuntimeError when the table leads outside of the buffer.
+    """
+    return call(gradient_norms_op, _norms, grad, table_m6, index_k)
 
 
 def total_norm(norms_m: Tensor) -> Tensor:
@@ -90,8 +109,8 @@ def adamw_step(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    mask: Tensor | None,
-    segments: Sequence[Segment],
+    table_m6: Tensor,
+    index_k: Tensor | None,
     *,
     clip_coef: Tensor,
     step: int,
@@ -102,48 +121,89 @@ def adamw_step(
 ) -> None:
     """One AdamW step, in place on `param`, `exp_avg` and `exp_avg_sq`; `grad` is only read.
 
-    All four buffers are [N] of one floating dtype; `mask` is bool [N] (True = trains) or None; `clip_coef` is [] in the same
-    dtype; `step` counts from 1. What lies between segments is never touched. Not differentiable.
+    param and grad are [N] of one floating dtype. index_k is int32 [k], ascending: where in the buffer the entries are that train, all
+    of them in segments; None = all of all segments. exp_avg and exp_avg_sq are [k], or [N] without an index. table_m6 is
+    `segment_table` of the same index. clip_coef is [] in the same dtype; `step` counts from 1. Nothing else is touched, nor are
+    the gaps between segments. Not differentiable. Raises RuntimeError when a buffer has another size, or the table leads outside.
     """
-    adamw_step_op(param, grad, exp_avg, exp_avg_sq, mask, clip_coef, *_columns(segments), step, lr, *betas, eps, weight_decay)
+    _check_sizes(param, grad, exp_avg, exp_avg_sq, index_k)
+    call(adamw_step_op, _step, param, grad, exp_avg, exp_avg_sq, clip_coef, table_m6, index_k, step, lr, *betas, eps, weight_decay)
 
 
-def _columns(segments: Sequence[Segment]) -> tuple[list[int], list[int], list[int], list[bool]]:
-    """Segments as the op's arguments: offsets, rows, cols (as stored), transposed."""
-    return (
-        [s.offset for s in segments],
-        [s.shape[0] for s in segments],
-        [s.shape[1] for s in segments],
-        [s.transposed for s in segments],
-    )
+def _check_sizes(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, index_k: Tensor | None) -> None:
+    entries = param.shape if index_k is None else index_k.shape
+    for name, buffer, shape in (("grad", grad, param.shape), ("exp_avg", exp_avg, entries), ("exp_avg_sq", exp_avg_sq, entries)):
+        torch._check(buffer.shape == shape, lambda n=name, b=buffer, s=shape: f"adamw_step: {n} is {list(b.shape)}, it needs {list(s)}")
 
 
-def _in_peft_layout(buffer: Tensor, offset: int, rows: int, cols: int, transposed: bool) -> Tensor:
-    """View of one matrix of a flat buffer in the shape PEFT gives it: not contiguous where it is stored transposed."""
-    stored = buffer.narrow(0, offset, rows * cols).view(rows, cols)
-    return stored.t() if transposed else stored
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One row of the table, resolved: which elements of param and grad, and which entries of the moments, belong to a matrix."""
+
+    rows: int
+    cols: int
+    transposed: bool
+    elements: slice | Tensor
+    """Of the buffer: all of the matrix, or the positions that train."""
+    entries: slice
+    """Of the moments."""
+    within: Tensor | None
+    """Positions inside the matrix that train; None = all."""
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The matrix, contiguous in PEFT's layout, from the values of its trained entries; 0 at the frozen ones. It may be a view."""
+        if self.within is not None:
+            values = values.new_zeros(self.rows * self.cols).index_copy(0, self.within, values)
+        stored = values.view(self.rows, self.cols)
+        return (stored.t() if self.transposed else stored).contiguous()
+
+    def collect(self, matrix: Tensor) -> Tensor:
+        """The inverse: values of the trained entries of a matrix in PEFT's layout, in the order of the buffer."""
+        values = (matrix.t() if self.transposed else matrix).reshape(-1)
+        return values if self.within is None else values[self.within]
 
 
-def _reference_norms(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
+def _places(buffer: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Iterator[_Place]:
+    """The rows of the table, in order. Raises RuntimeError when one leads outside of the buffer."""
+    for offset, rows, cols, transposed, begin, end in table_m6.tolist():
+        buffer.narrow(0, offset, rows * cols)  # a slice would be cut short without a word
+        if index_k is None:
+            yield _Place(rows, cols, bool(transposed), slice(offset, offset + rows * cols), slice(begin, end), None)
+        else:
+            positions = index_k[begin:end].long()
+            yield _Place(rows, cols, bool(transposed), positions, slice(begin, end), positions - offset)
+
+
+def _reference_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
     """Matrix by matrix, contiguous in PEFT's layout."""
-    norms = [
-        torch.linalg.vector_norm(_in_peft_layout(grad, *place).contiguous()) for place in zip(offsets, rows, cols, transposed, strict=True)
-    ]
+    norms = [torch.linalg.vector_norm(place.spread(grad[place.elements])) for place in _places(grad, table_m6, index_k)]
     return torch.stack(norms) if norms else grad.new_empty(0)
+
+
+def _cpp_refuses(device: torch.device, *args: Any) -> str | None:
+    """As `cpp_refuses`, and float32 only: master weights and moments are never bfloat16."""
+    if reason := cpp_refuses(device, *args):
+        return reason
+    return "it takes float32 only" if args and args[0].dtype != torch.float32 else None
 
 
 _norms = Dispatch("gradient_norms", _reference_norms)
 
 
+@_norms.add("cpp", _cpp_refuses)
+def _cpp_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
+    return torch.ops.fastlora_cpu.gradient_norms(grad, table_m6, index_k)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::gradient_norms", mutates_args=())
-def gradient_norms_op(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
+def gradient_norms_op(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
     """norms [segments]."""
-    return _norms(grad, offsets, rows, cols, transposed)
+    return _norms(grad, table_m6, index_k)
 
 
 @gradient_norms_op.register_fake
-def _(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Tensor:
-    return grad.new_empty(len(offsets))
+def _(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
+    return grad.new_empty(table_m6.shape[0])
 
 
 def _reference_step(
@@ -151,12 +211,9 @@ def _reference_step(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    mask: Tensor | None,
     clip_coef: Tensor,
-    offsets: Sequence[int],
-    rows: Sequence[int],
-    cols: Sequence[int],
-    transposed: Sequence[bool],
+    table_m6: Tensor,
+    index_k: Tensor | None,
     step: int,
     lr: float,
     beta1: float,
@@ -164,21 +221,15 @@ def _reference_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """torch's own fused AdamW on a contiguous copy of each matrix in PEFT's layout."""
-    state = (param, exp_avg, exp_avg_sq)
-    for place in zip(offsets, rows, cols, transposed, strict=True):
-        views = [_in_peft_layout(buffer, *place) for buffer in state]
-        new = [view.clone(memory_format=torch.contiguous_format) for view in views]
-        new_param, new_avg, new_avg_sq = new
-        clipped = _in_peft_layout(grad, *place).contiguous() * clip_coef
-        trains = None if mask is None else _in_peft_layout(mask, *place)
-        if trains is not None:
-            clipped = torch.where(trains, clipped, 0.0).contiguous()
+    """torch's own fused AdamW on each matrix, contiguous in PEFT's layout."""
+    for place in _places(param, table_m6, index_k):
+        targets = ((param, place.elements), (exp_avg, place.entries), (exp_avg_sq, place.entries))
+        new = [place.spread(buffer[where]) for buffer, where in targets]
         adamw(
-            [new_param],
-            [clipped],
-            [new_avg],
-            [new_avg_sq],
+            [new[0]],
+            [place.spread(grad[place.elements]) * clip_coef],
+            [new[1]],
+            [new[2]],
             max_exp_avg_sqs=[],
             state_steps=[torch.tensor(step - 1, dtype=torch.float32, device=param.device)],
             fused=True,
@@ -190,13 +241,16 @@ def _reference_step(
             eps=eps,
             maximize=False,
         )
-        if trains is not None:  # a zero gradient keeps the moments at 0, but weight decay has moved the parameters
-            new_param.copy_(torch.where(trains, new_param, views[0]))
-        for view, tensor in zip(views, new, strict=True):
-            view.copy_(tensor)
+        for (buffer, where), matrix in zip(targets, new, strict=True):
+            buffer[where] = place.collect(matrix)
 
 
 _step = Dispatch("adamw_step", _reference_step)
+
+
+@_step.add("cpp", _cpp_refuses)
+def _cpp_step(*args: Any) -> None:
+    torch.ops.fastlora_cpu.adamw_step(*args)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::adamw_step", mutates_args=("param", "exp_avg", "exp_avg_sq"))
@@ -205,12 +259,9 @@ def adamw_step_op(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    mask: Tensor | None,
     clip_coef: Tensor,
-    offsets: Sequence[int],
-    rows: Sequence[int],
-    cols: Sequence[int],
-    transposed: Sequence[bool],
+    table_m6: Tensor,
+    index_k: Tensor | None,
     step: int,
     lr: float,
     beta1: float,
@@ -219,14 +270,21 @@ def adamw_step_op(
     weight_decay: float,
 ) -> None:
     """One step, in place."""
-    places = (offsets, rows, cols, transposed)
-    _step(param, grad, exp_avg, exp_avg_sq, mask, clip_coef, *places, step, lr, beta1, beta2, eps, weight_decay)
+    _step(param, grad, exp_avg, exp_avg_sq, clip_coef, table_m6, index_k, step, lr, beta1, beta2, eps, weight_decay)
 
 
 @adamw_step_op.register_fake
-def _(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: Any) -> None:
-    for name, buffer in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        torch._check(buffer.shape == param.shape, lambda name=name: f"adamw_step: {name} has not the shape of param")
+def _(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    clip_coef: Tensor,
+    table_m6: Tensor,
+    index_k: Tensor | None,
+    *rest: Any,
+) -> None:
+    _check_sizes(param, grad, exp_avg, exp_avg_sq, index_k)
 
 
 def _sample_segments() -> tuple[Segment, ...]:
@@ -251,27 +309,38 @@ def _sample_buffers(dtype: torch.dtype, device: torch.device, count_: int) -> tu
     return segments, buffers
 
 
+def _sample_index(param: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Two entries in three train, in runs of two."""
+    positions = torch.cat([torch.arange(s.offset, s.offset + s.numel) for s in segments]).sort().values
+    return positions[positions % 3 > 0].to(param.device, torch.int32)
+
+
 def sample_norm_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Arguments of `gradient_norms_op`: no matrix at all, then uneven ranks."""
+    """Arguments of `gradient_norms_op`: no matrix at all, then uneven ranks without and with an index."""
     segments, (grad,) = _sample_buffers(dtype, device, 1)
-    yield grad, *_columns(())
-    yield grad, *_columns(segments)
+    for places, index_k in (((), None), (segments, None), (segments, _sample_index(grad, segments))):
+        yield grad, segment_table(places, index_k), index_k
 
 
 def sample_step_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Arguments of `adamw_step_op`: no matrix at all, then uneven ranks without and with a mask."""
+    """Arguments of `adamw_step_op`: no matrix at all, then uneven ranks without and with an index."""
     segments, (param, grad, exp_avg, root) = _sample_buffers(dtype, device, 4)
     clip_coef = torch.tensor(0.5, dtype=dtype, device=device)
-    mask = torch.arange(len(param), device=device) % 3 > 0
-    for places, trains in (((), None), (segments, None), (segments, mask)):
-        buffers = (param.clone(), grad, exp_avg.clone(), root.square())
-        yield *buffers, trains, clip_coef, *_columns(places), 3, 1e-3, 0.9, 0.999, 1e-8, 0.1
+    for places, index_k in (((), None), (segments, None), (segments, _sample_index(param, segments))):
+        moments = [m.clone() if index_k is None else m[index_k.long()] for m in (exp_avg, root.square())]
+        yield param.clone(), grad, *moments, clip_coef, segment_table(places, index_k), index_k, 3, 1e-3, 0.9, 0.999, 1e-8, 0.1
 
 
-def norm_cost(grad: Tensor, offsets: Sequence[int], rows: Sequence[int], cols: Sequence[int], transposed: Sequence[bool]) -> Cost:
-    """Reads each gradient entry once; a multiply and an add each."""
-    entries = _entries(rows, cols)
-    return Cost(flops=2 * entries, bytes=(entries + len(offsets)) * grad.element_size())
+def _entries_and_index_bytes(table_m6: Tensor, index_k: Tensor | None) -> tuple[int, int]:
+    """Entries that train, and the bytes that their index takes."""
+    entries = int((table_m6[:, 5] - table_m6[:, 4]).sum())
+    return entries, 0 if index_k is None else entries * index_k.element_size()
+
+
+def norm_cost(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Cost:
+    """Reads each trained entry of the gradient (and of the index) once; a multiply and an add each."""
+    entries, index_bytes = _entries_and_index_bytes(table_m6, index_k)
+    return Cost(flops=2 * entries, bytes=(entries + len(table_m6)) * grad.element_size() + index_bytes)
 
 
 def step_cost(
@@ -279,22 +348,14 @@ def step_cost(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    mask: Tensor | None,
     clip_coef: Tensor,
-    offsets: Sequence[int],
-    rows: Sequence[int],
-    cols: Sequence[int],
+    table_m6: Tensor,
+    index_k: Tensor | None,
     *rest: Any,
 ) -> Cost:
-    """Four reads and three writes an entry, and the mask; frozen entries count as bytes but not as work."""
-    entries = _entries(rows, cols)
-    trained = entries if mask is None else int(mask.sum())
-    bytes_ = 7 * entries * param.element_size() + (0 if mask is None else entries)
-    return Cost(flops=FLOPS_PER_ENTRY * trained, bytes=bytes_)
-
-
-def _entries(rows: Sequence[int], cols: Sequence[int]) -> int:
-    return sum(r * c for r, c in zip(rows, cols, strict=True))
+    """Four reads and three writes for each entry that trains, and its index; frozen entries cost nothing."""
+    entries, index_bytes = _entries_and_index_bytes(table_m6, index_k)
+    return Cost(flops=FLOPS_PER_ENTRY * entries, bytes=7 * entries * param.element_size() + index_bytes)
 
 
 SPECS = (
