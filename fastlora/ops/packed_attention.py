@@ -76,7 +76,7 @@ def _rotated_attention(
     head_dim: int,
     scaling: float,
 ) -> Tensor:
-    q_the, k_the, v_the = (x.view(len(x), -1, head_dim) for x in (q_td, k_td, v_td))
+    q_the, k_the, v_the = (x.reshape(len(x), x.shape[1] // head_dim, head_dim) for x in (q_td, k_td, v_td))
     q_the, k_the = _rotate(q_the, cos_te, sin_te), _rotate(k_the, cos_te, sin_te)
     return _attend(q_the, k_the, v_the, cu_seqlens, roots, scaling).reshape(q_td.shape)
 
@@ -98,12 +98,17 @@ def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
     return None if head_dim % 32 == 0 else f"it needs a head width that is a multiple of 32, not {head_dim}"
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 @_forward.add("cpp", _cpp_refuses_attention)
 def _cpp(
     q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
-    return torch.ops.fastlora_cpu.packed_attention_forward(q_td, k_td, v_td, cos_te, sin_te, *places, head_dim, scaling)
+    inputs = _contiguous(q_td, k_td, v_td, cos_te, sin_te)
+    return torch.ops.fastlora_cpu.packed_attention_forward(*inputs, *places, head_dim, scaling)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
@@ -133,17 +138,27 @@ def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling):  
 def _reference_backward(
     dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    # The body of an op runs below autograd, where enable_grad alone records nothing: its dispatch key has to be let in again.
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
         out = _rotated_attention(*leaves, cos_te, sin_te, *layout)
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout_td)
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout_td, materialize_grads=True)
     return dq, dk, dv
 
 
 _backward = Dispatch("packed_attention_backward", _reference_backward)
 
 
-@_backward.add("cpp", _cpp_refuses_attention)
+def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if (reason := _cpp_refuses_attention(device, *args)) or not args:
+        return reason
+    out_td, lse = args[6:8]
+    kept = lse.numel() or not out_td.numel()
+    return None if kept else "it needs the log-sum-exp, which the implementation that ran the forward pass did not keep"
+
+
+@_backward.add("cpp", _cpp_refuses_backward)
 def _cpp_backward(
     dout_td: Tensor,
     q_td: Tensor,
@@ -159,9 +174,8 @@ def _cpp_backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
-    return torch.ops.fastlora_cpu.packed_attention_backward(
-        dout_td.contiguous(), q_td, k_td, v_td, cos_te, sin_te, *places, out_td, lse, head_dim, scaling
-    )
+    inputs = _contiguous(dout_td, q_td, k_td, v_td, cos_te, sin_te)
+    return torch.ops.fastlora_cpu.packed_attention_backward(*inputs, *places, out_td.contiguous(), lse, head_dim, scaling)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
@@ -220,16 +234,21 @@ def packed_attention(
     frozen, or None for no rotation. Raises ValueError when shapes disagree or a family's segments are not adjacent.
     """
     t = len(q_td)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != t or len(roots) != len(cu_seqlens) - 1 or len(k_td) != t or v_td.shape != k_td.shape:
+    borders = list(cu_seqlens)
+    spans_t = borders[:1] == [0] and borders[-1] == t and borders == sorted(borders)
+    if not spans_t or len(roots) != len(borders) - 1 or len(k_td) != t or v_td.shape != k_td.shape:
         raise ValueError(
             f"packed_attention: q {tuple(q_td.shape)}, k {tuple(k_td.shape)}, v {tuple(v_td.shape)}, {len(roots)} roots and "
-            f"cu_seqlens {list(cu_seqlens)} do not fit"
+            f"cu_seqlens {borders} do not fit"
         )
+    tables = [None if table is None else tuple(table.shape) for table in (cos_te, sin_te)]
+    if tables not in ([None, None], [(t, head_dim)] * 2):
+        raise ValueError(f"packed_attention: cos_te and sin_te are {tables[0]} and {tables[1]}; both must be {(t, head_dim)}, or None")
     if q_td.shape[1] % head_dim or k_td.shape[1] % head_dim or q_td.shape[1] % k_td.shape[1]:
         raise ValueError(f"packed_attention: widths {q_td.shape[1]} and {k_td.shape[1]} are not heads of width {head_dim} that share keys")
     if any(root not in (s, roots[s - 1] if s else s) for s, root in enumerate(roots)):
         raise ValueError(f"packed_attention: roots {list(roots)}: segments that share a root must follow it without a gap")
-    args = (q_td, k_td, v_td, cos_te, sin_te, list(cu_seqlens), list(roots), head_dim, scaling)
+    args = (q_td, k_td, v_td, cos_te, sin_te, borders, list(roots), head_dim, scaling)
     return call(packed_attention_op, _forward, *args)[0]
 
 
