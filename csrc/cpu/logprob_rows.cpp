@@ -59,10 +59,11 @@ void backward(void* z_, const int64_t* targets, const float* dlogp, const float*
     const float log_p_target = value(z, targets[i]) * inverse_temperature - shift;
     for (int64_t j = 0; j < v; j += kLanes) {
       const floatv log_p = load_upto(z + j, v - j) * inverse_temperature - shift, p = exp(log_p);
-      store_upto(z + j, dentropy ? -p * (a + b * (log_p + h)) : -p * a, v - j);
+      const floatv slope = dentropy ? a + b * (log_p + h) : broadcast(a);
+      store_upto(z + j, p == 0.0f ? floatv{} : -p * slope, v - j);  // 0 log 0 = 0: a logit of -inf has no gradient
     }
-    const float p = std::exp(log_p_target);
-    store_first(z + targets[i], broadcast(a - p * (a + b * (log_p_target + h))), 1);
+    const float p = std::exp(log_p_target), slope = dentropy ? a + b * (log_p_target + h) : a;
+    store_first(z + targets[i], broadcast(p == 0.0f ? a : a - p * slope), 1);
   }
 }
 
