@@ -23,3 +23,11 @@ difference with cancellation by up to the ratio of mean and deviation; a hundred
 RMSNORM_IN_FP32 = 1e-5
 """Two orders of the same sums in an fp64 model of transformers: its norms and rotary angles are float32 even there (2^-24 = 6e-8), a few
 dozen of them on the way; gradients of the packed adapter are kept in float32 too."""
+
+KERNEL_ERROR_FACTOR = 1.5
+"""Error against fp64 of a faster implementation, as a multiple of the reference's in the same dtype: the same roundings in another order.
+Random numbers make neither smaller: over the samples of all ops the factor is .3 to 1.2."""
+
+KERNEL_ERROR_FLOOR = 3e-7
+"""Added to it, relative: a probability that attention recomputes from a log-sum-exp in float32 carries the rounding of a number of size 4
+to 8, 2^-24 · 5 = 3e-7, where the reference keeps the probability itself. Nothing in bfloat16 (2^-9 = 2e-3) can hide behind it."""
