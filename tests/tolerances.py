@@ -31,3 +31,10 @@ Random numbers make neither smaller: over the samples of all ops the factor is .
 KERNEL_ERROR_FLOOR = 3e-7
 """Added to it, relative: a probability that attention recomputes from a log-sum-exp in float32 carries the rounding of a number of size 4
 to 8, 2^-24 · 5 = 3e-7, where the reference keeps the probability itself. Nothing in bfloat16 (2^-9 = 2e-3) can hide behind it."""
+
+SAME_IN_FLOAT32 = 2e-6
+"""One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, 2^-24 · 10 a sum."""
+
+LONG_SUMS_IN_FLOAT32 = 6e-6
+"""Relative error of dk and dv of a prompt of 3,000 tokens and 3 query heads a key: 9,000 terms summed one after another in float32,
+√9000 · 2^-24 = 5.7e-6. (torch's own: a third of the error, since it sums head by head.)"""

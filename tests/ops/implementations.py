@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastlora import extension
 from fastlora.ops.registry import use_implementation
+from tests.tolerances import KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 ALL_INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512bf16")
 INSTRUCTION_SETS = () if extension.missing() else ALL_INSTRUCTION_SETS[: ALL_INSTRUCTION_SETS.index(extension.instruction_set()) + 1]
@@ -59,6 +61,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(got: Tensor, truth: Tensor) -> float:
     """‖got − truth‖ / ‖truth‖ in float64."""
-    return float((got.detach().double() - truth.detach()).norm() / truth.detach().double().norm())
+    return float((got.detach().double() - truth.detach()).norm() / truth.detach().double().norm().clamp(min=1e-300))
+
+
+def assert_no_worse(got: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """Is the error of each tensor against fp64 that of plain torch in the same dtype, up to the order of the roundings?"""
+    for index, (ours, theirs, exact) in enumerate(zip(got, plain, truth, strict=True)):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), f"tensor {index}"
+        assert ours.isfinite().all(), f"tensor {index} is not finite"
+        error, limit = relative_error(ours, exact), KERNEL_ERROR_FACTOR * relative_error(theirs, exact) + KERNEL_ERROR_FLOOR
+        assert error <= limit, f"tensor {index}: error {error:.2e} against fp64, at most {limit:.2e} allowed"
