@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_without_the_extension_every_op_runs() -> None:
     )
     assert result.returncode == 0, result.stderr
     *ran, reason = result.stdout.splitlines()
-    assert set(ran) == set(dispatchers) and "was not built" in reason
+    assert {*SOURCES, "lora_linear"} - {"module"} <= set(ran) and "was not built" in reason
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -79,6 +80,6 @@ def test_every_source_is_an_op() -> None:
     """One stem through the tree: csrc/cpu/x.cpp is an implementation of fastlora/ops/x.py."""
     stems = set(SOURCES) - {"module"}
     assert stems and stems <= {path.stem for path in (ROOT / "fastlora/ops").glob("*.py")}
-    assert all("cpp" in dispatchers[stem].implementations for stem in stems)
-    listed = {op.removesuffix("_backward") for op, dispatch in dispatchers.items() if "cpp" in dispatch.implementations}
-    assert stems <= listed
+    for stem in stems:
+        importlib.import_module(f"fastlora.ops.{stem}")
+        assert "cpp" in dispatchers[stem].implementations, f"csrc/cpu/{stem}.cpp is used by no op"

@@ -33,7 +33,7 @@ KERNEL_ERROR_FLOOR = 3e-7
 to 8, 2^-24 · 5 = 3e-7, where the reference keeps the probability itself. Nothing in bfloat16 (2^-9 = 2e-3) can hide behind it."""
 
 SAME_IN_FLOAT32 = 2e-6
-"""One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, 2^-24 · 10 a sum."""
+"""One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, some 2^-24 · 10."""
 
 LONG_SUMS_IN_FLOAT32 = 6e-6
 """Relative error of dk and dv of a prompt of 3,000 tokens and 3 query heads a key: 9,000 terms summed one after another in float32,

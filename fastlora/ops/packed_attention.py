@@ -139,10 +139,11 @@ def _reference_backward(
     dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The body of an op runs below autograd, where enable_grad alone records nothing: its dispatch key has to be let in again.
+    cu_seqlens, roots, head_dim, scaling = layout
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
-        out = _rotated_attention(*leaves, cos_te, sin_te, *layout)
+        out = _rotated_attention(leaves[0], leaves[1], leaves[2], cos_te, sin_te, cu_seqlens, roots, head_dim, scaling)
         dq, dk, dv = torch.autograd.grad(out, leaves, dout_td, materialize_grads=True)
     return dq, dk, dv
 

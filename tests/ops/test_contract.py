@@ -269,7 +269,9 @@ def test_cpp_refuses_float64_by_name(spec: OpSpec) -> None:
     for arguments in samples:
         with (
             use_implementation("cpp"),
-            pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'cpp' .* it takes float32 and bfloat16, not torch.float64"),
+            pytest.raises(
+                ImplementationError, match=rf"^{spec.name}: implementation 'cpp' .* it takes float32 and bfloat16, not torch.float64"
+            ),
         ):
             _run(spec, _clone(arguments))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class Problem:
         return replace(self, **{name: None if x is None else x.to(dtype) for name, x in tensors.items()})
 
     def gradients(self, out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-        return [out, *torch.autograd.grad(out, leaves, self.dout)]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.dout)]
 
     def ours(self) -> list[Tensor]:
         """out, dq, dk, dv."""
@@ -78,11 +79,9 @@ class Problem:
 
 def _visible(cu_seqlens: Sequence[int], roots: Sequence[int]) -> Tensor:
     """bool [i, j]: token i sees j when j is not after i in its own segment, or anywhere in the root of its segment."""
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     segment_of = [s for s, length in enumerate(lengths) for _ in range(length)]
-    rows = [
-        [(s == s_j and j <= i) or (s != s_j and roots[s] == s_j) for j, s_j in enumerate(segment_of)] for i, s in enumerate(segment_of)
-    ]
+    rows = [[(s == s_j and j <= i) or (s != s_j and roots[s] == s_j) for j, s_j in enumerate(segment_of)] for i, s in enumerate(segment_of)]
     return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(rows))
 
 
@@ -218,7 +217,12 @@ def test_sharing_the_prompt_changes_nothing(key_heads: int, rotated: bool) -> No
     leaves = [x.detach().requires_grad_() for x in (shared.q, shared.k, shared.v)]
     tables = {} if shared.cos is None else {"cos_te": shared.cos[place], "sin_te": shared.sin[place]}
     alone = packed_attention(
-        *(x[place] for x in leaves), cu_seqlens, list(range(len(cu_seqlens) - 1)), head_dim=shared.head_dim, scaling=shared.scaling, **tables
+        *(x[place] for x in leaves),
+        cu_seqlens,
+        list(range(len(cu_seqlens) - 1)),
+        head_dim=shared.head_dim,
+        scaling=shared.scaling,
+        **tables,
     )
     out = torch.zeros_like(shared.q).index_add(0, place[first_copy], alone[first_copy])
     for got, expected in zip(shared.ours(), shared.gradients(out, leaves), strict=True):
@@ -293,7 +297,7 @@ def test_forward_and_backward_by_different_implementations(forward: str, backwar
     with use_implementation(forward):
         out = packed_attention(*leaves, problem.cu_seqlens, problem.roots, **layout)
     if forward == "reference":
-        with use_implementation("cpp"), pytest.raises(ImplementationError, match="packed_attention_backward: .* it needs the log-sum-exp"):
+        with use_implementation("cpp"), pytest.raises(ImplementationError, match=r"packed_attention_backward: .* it needs the log-sum-exp"):
             torch.autograd.grad(out, leaves, problem.dout, retain_graph=True)
     with use_implementation(backward):
         got = problem.gradients(out, leaves)
@@ -343,7 +347,12 @@ def test_the_kernels_check_what_they_read() -> None:
     tables = (torch.zeros(8, 32),) * 2
     with use_implementation("cpp"):
         out, lse = packed_attention_op(q, k, k, *tables, *layout)
-        for inputs in ((q, k[:7], k[:7], *tables), (q, k, k[:, :16], *tables), (q, k, k, tables[0], None), (q, k, k, tables[0][:2], tables[1])):
+        for inputs in (
+            (q, k[:7], k[:7], *tables),
+            (q, k, k[:, :16], *tables),
+            (q, k, k, tables[0], None),
+            (q, k, k, tables[0][:2], tables[1]),
+        ):
             with pytest.raises(RuntimeError, match="packed_attention: "):
                 packed_attention_op(*inputs, *layout)
         for cu_seqlens in ([0, 12, 8], [2, 5, 8], [0, 8]):
