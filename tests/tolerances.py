@@ -36,3 +36,18 @@ rounding: one more of a sum's two or three roundings counts, 1.14 measured. The 
 
 PARAMETER_ROUNDED_ONCE = 0.7
 """RMS error of AdamW's parameters over torch's: one rounding a step, not two: 1/√2, less where torch rounds 1 − lr λ; .54 measured."""
+
+KERNEL_ERROR_FACTOR = 1.5
+"""Error against fp64 of a faster implementation, as a multiple of the reference's in the same dtype: the same roundings in another order.
+Random numbers make neither smaller: over the samples of all ops the factor is .3 to 1.2."""
+
+KERNEL_ERROR_FLOOR = 3e-7
+"""Added to it, relative: a probability that attention recomputes from a log-sum-exp in float32 carries the rounding of a number of size 4
+to 8, 2^-24 · 5 = 3e-7, where the reference keeps the probability itself. Nothing in bfloat16 (2^-9 = 2e-3) can hide behind it."""
+
+SAME_IN_FLOAT32 = 2e-6
+"""One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, some 2^-24 · 10."""
+
+LONG_SUMS_IN_FLOAT32 = 6e-6
+"""Relative error of dk and dv of a prompt of 3,000 tokens and 3 query heads a key: 9,000 terms summed one after another in float32,
+√9000 · 2^-24 = 5.7e-6. (torch's own: a third of the error, since it sums head by head.)"""

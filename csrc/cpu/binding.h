@@ -36,6 +36,18 @@ inline void check_same(const char* op, const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(x.scalar_type() == other.scalar_type() && other.is_contiguous(), op, ": operands differ in dtype or are not contiguous");
 }
 
+// The same, and of one shape.
+inline void check_like(const char* op, const Tensor& x, const Tensor& other) {
+  check_same(op, x, other);
+  STD_TORCH_CHECK(x.numel() == other.numel(), op, ": operands of ", x.numel(), " and ", other.numel(), " elements");
+}
+
+// A float32 vector with an element for each row.
+inline void check_per_row(const char* op, const char* name, const Tensor& vector, int64_t rows) {
+  STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Float && vector.is_contiguous() && vector.numel() == rows, op, ": ", name,
+                  " must be float32, contiguous and have ", rows, " elements");
+}
+
 inline int64_t width(Dtype type) { return type == kFloat ? 4 : 2; }
 
 // Rows of d elements per task: some 16k elements, a few microseconds, so that waking a thread pays.

@@ -30,10 +30,10 @@ void forward(const void* z_, const int64_t* targets, float* logp, float* entropy
     floatv top = broadcast(-INFINITY);
     for (int64_t j = 0; j < v; j += kLanes) top = maximum(top, load_upto(z + j, v - j, -INFINITY));
     const float highest = maximum(top);
-    // Sums of 4,096 entries at a time: one float running through 262,144 of them would lose digits.
+    // 256 additions a lane at a time: one float running through a row of 262,144 entries would lose digits.
     double total = 0, weighted = 0;
-    for (int64_t first = 0; first < v; first += 4096) {
-      const int64_t last = first + 4096 < v ? first + 4096 : v;
+    for (int64_t first = 0; first < v; first += 256 * kLanes) {
+      const int64_t last = first + 256 * kLanes < v ? first + 256 * kLanes : v;
       floatv exps{}, products{};
       for (int64_t j = first; j < last; j += kLanes) {
         const floatv below = (load_upto(z + j, v - j, -INFINITY) - highest) * inverse_temperature, e = exp(below);
@@ -59,10 +59,11 @@ void backward(void* z_, const int64_t* targets, const float* dlogp, const float*
     const float log_p_target = value(z, targets[i]) * inverse_temperature - shift;
     for (int64_t j = 0; j < v; j += kLanes) {
       const floatv log_p = load_upto(z + j, v - j) * inverse_temperature - shift, p = exp(log_p);
-      store_upto(z + j, dentropy ? -p * (a + b * (log_p + h)) : -p * a, v - j);
+      const floatv slope = dentropy ? a + b * (log_p + h) : broadcast(a);
+      store_upto(z + j, p == 0.0f ? floatv{} : -p * slope, v - j);  // 0 log 0 = 0: a logit of -inf has no gradient
     }
-    const float p = std::exp(log_p_target);
-    store_first(z + targets[i], broadcast(a - p * (a + b * (log_p_target + h))), 1);
+    const float p = std::exp(log_p_target), slope = dentropy ? a + b * (log_p_target + h) : a;
+    store_first(z + targets[i], broadcast(p == 0.0f ? a : a - p * slope), 1);
   }
 }
 
@@ -104,6 +105,9 @@ void logprob_rows_backward_(Tensor z, Tensor targets, Tensor dlogp, std::optiona
   const int64_t rows = z.size(0), v = z.size(1);
   check_targets(targets, rows, v);
   const auto kernel = LogprobRows_kernels().backward[type];
+  check_per_row("logprob_rows", "dlogp", dlogp, rows);
+  check_per_row("logprob_rows", "log_z", log_z, rows);
+  if (dentropy) check_per_row("logprob_rows", "dentropy", *dentropy, rows), check_per_row("logprob_rows", "entropy", entropy, rows);
   char* zs = mutable_bytes(z);
   const int64_t* ids = targets.const_data_ptr<int64_t>();
   const float *a = dlogp.const_data_ptr<float>(), *b = dentropy ? dentropy->const_data_ptr<float>() : nullptr, *n = log_z.const_data_ptr<float>();

@@ -345,16 +345,23 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const std::optio
   Call call;
   call.type = check_rows(op, q);
   check_same(op, q, k);
-  check_same(op, q, v);
+  check_like(op, k, v);
   STD_TORCH_CHECK(head_dim % 32 == 0, op, ": the C++ kernel needs a head width that is a multiple of 32, got ", head_dim);
-  if (cos) check_same(op, q, *cos), check_same(op, q, *sin);
+  const int64_t tokens = q.size(0);
+  STD_TORCH_CHECK(q.size(1) > 0 && k.size(0) == tokens, op, ": q and k do not fit");
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), op, ": cos and sin come together");
+  if (cos) {
+    check_same(op, q, *cos), check_same(op, q, *sin);
+    STD_TORCH_CHECK(cos->numel() == tokens * head_dim && sin->numel() == tokens * head_dim, op, ": cos and sin are not [tokens, head width]");
+  }
   call.shape = {q.size(-1) / head_dim, k.size(-1) / head_dim, head_dim, (float)scaling, window};
   call.in = {bytes(q), bytes(k), bytes(v), cos ? bytes(*cos) : nullptr, sin ? bytes(*sin) : nullptr};
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t* root = roots.const_data_ptr<int64_t>();
   const int64_t segments = roots.numel();
-  STD_TORCH_CHECK(cu_seqlens.numel() == segments + 1 && starts[segments] == q.numel() / q.size(-1), op, ": cu_seqlens, roots and q disagree");
+  STD_TORCH_CHECK(cu_seqlens.numel() == segments + 1 && starts[0] == 0 && starts[segments] == tokens, op, ": cu_seqlens, roots and q disagree");
   for (int64_t s = 0; s < segments; ++s) {
+    STD_TORCH_CHECK(starts[s] <= starts[s + 1], op, ": cu_seqlens goes down after segment ", s);
     if (root[s] == s) call.families.push_back({starts + s, 0});
     STD_TORCH_CHECK(!call.families.empty() && call.families.back().starts == starts + root[s], op, ": a family's segments must be adjacent");
     ++call.families.back().segments;
@@ -366,7 +373,7 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const std::optio
 std::tuple<Tensor, Tensor> packed_attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos, std::optional<Tensor> sin,
                                                     Tensor cu_seqlens, Tensor roots, int64_t head_dim, double scaling, int64_t window) {
   const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling, window);
-  const int64_t tokens = q.numel() / q.size(-1), heads = call.shape.key_heads;
+  const int64_t tokens = q.size(0), heads = call.shape.key_heads;
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {call.shape.query_heads, tokens}, ScalarType::Float);
   const auto kernel = PackedAttention_kernels().forward[call.type];
@@ -382,8 +389,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor dout, Tensor
                                                              std::optional<Tensor> sin, Tensor cu_seqlens, Tensor roots, Tensor out, Tensor lse,
                                                              int64_t head_dim, double scaling, int64_t window) {
   const Call call = prepare(q, k, v, cos, sin, cu_seqlens, roots, head_dim, scaling, window);
-  check_same("packed_attention", q, dout);
-  const int64_t tokens = q.numel() / q.size(-1), heads = call.shape.key_heads;
+  check_like("packed_attention", q, dout);
+  check_like("packed_attention", q, out);
+  const int64_t tokens = q.size(0), heads = call.shape.key_heads;
+  check_per_row("packed_attention", "lse", lse, call.shape.query_heads * tokens);
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   const auto kernel = PackedAttention_kernels().backward[call.type];
   const char *d = bytes(dout), *o = bytes(out);

@@ -58,10 +58,15 @@ DEFINE_KERNELS(RmsNorm) = {{forward<float>, forward<bf16>}, {backward<float>, ba
 namespace fastlora {
 DECLARE_KERNELS(RmsNorm)
 
+static void check_gain(const Tensor& x, const Tensor& weight) {
+  check_same("rms_norm", x, weight);
+  STD_TORCH_CHECK(weight.numel() == x.size(-1), "rms_norm: a gain of ", weight.numel(), " elements for rows of ", x.size(-1));
+}
+
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps) {
   const int64_t d = x.size(-1), rows = d ? x.numel() / d : 0;
   const Dtype type = check_rows("rms_norm", x);
-  check_same("rms_norm", x, weight);
+  check_gain(x, weight);
   Tensor y = torch::stable::empty_like(x);
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   const auto kernel = RmsNorm_kernels().forward[type];
@@ -79,9 +84,9 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps)
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_dweight) {
   const int64_t d = x.size(-1), rows = d ? x.numel() / d : 0;
   const Dtype type = check_rows("rms_norm", x);
-  check_rows("rms_norm", dy);
-  check_same("rms_norm", x, dy);
-  check_same("rms_norm", x, weight);
+  check_like("rms_norm", x, dy);
+  check_gain(x, weight);
+  check_per_row("rms_norm", "rstd", rstd, rows);
   Tensor dx = torch::stable::empty_like(x);
   const int64_t blocks = need_dweight ? 32 : (rows + grain(d) - 1) / grain(d);
   Tensor partial = torch::stable::new_zeros(x, {need_dweight ? blocks : 0, d}, ScalarType::Float);

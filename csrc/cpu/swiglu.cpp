@@ -49,7 +49,7 @@ constexpr int64_t kGrain = 16384;
 
 Tensor swiglu_forward(Tensor gate, Tensor up) {
   const Dtype type = check_rows("swiglu", gate);
-  check_same("swiglu", gate, up);
+  check_like("swiglu", gate, up);
   Tensor y = torch::stable::empty_like(gate);
   const auto kernel = Swiglu_kernels().forward[type];
   const char *g = bytes(gate), *u = bytes(up);
@@ -63,8 +63,8 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
 
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   const Dtype type = check_rows("swiglu", gate);
-  check_same("swiglu", gate, up);
-  check_same("swiglu", gate, dy);
+  check_like("swiglu", gate, up);
+  check_like("swiglu", gate, dy);
   Tensor dgate = torch::stable::empty_like(gate), dup = torch::stable::empty_like(gate);
   const auto kernel = Swiglu_kernels().backward[type];
   const char *d = bytes(dy), *g = bytes(gate), *u = bytes(up);

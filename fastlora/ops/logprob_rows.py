@@ -7,12 +7,14 @@ Backward, overwriting z with dz:
 
     dz_tv = (dlogp_t (1[v = target_t] − p_tv) − dentropy_t p_tv (log p_tv + entropy_t)) / temperature
 
+with 0 log 0 = 0: a logit of −inf (a token that is ruled out) adds nothing to the entropy and gets no gradient from it.
 The tile z [t, v] is the only thing of that size; `linear_logprob` and `losses.one_pass` make it chunk by chunk. Computed in float32
 (float64 for float64). Bytes: forward reads z, backward reads and writes it. FLOPs: some 20 an entry each (an exponential).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,16 +24,25 @@ from torch import Tensor
 from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, cpp_refuses
 
 
-def _log_p(z_tv: Tensor, temperature: float) -> Tensor:
+def _scaled(z_tv: Tensor, temperature: float) -> Tensor:
     return z_tv.to(torch.promote_types(z_tv.dtype, torch.float32)) / temperature
 
 
+def _target_column(targets_t: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    """(column [t, 1], inside the vocabulary; bool [t, 1]: is it the target's?). A GPU must not wait for a check of the targets."""
+    column_t1 = targets_t[:, None]
+    return column_t1.clamp(0, v - 1), (column_t1 >= 0) & (column_t1 < v)
+
+
 def _reference(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    scaled_tv = _log_p(z_tv, temperature)
+    scaled_tv = _scaled(z_tv, temperature)
     log_z_t = scaled_tv.logsumexp(-1)
     log_p_tv = scaled_tv - log_z_t[:, None]
-    entropy_t = -(log_p_tv.exp() * log_p_tv).sum(-1) if with_entropy else log_z_t.new_empty(0)
-    return log_p_tv.gather(-1, targets_t[:, None]).squeeze(-1), entropy_t, log_z_t
+    p_tv = log_p_tv.exp()
+    entropy_t = -(p_tv * log_p_tv).masked_fill(p_tv == 0, 0.0).sum(-1) if with_entropy else log_z_t.new_empty(0)
+    column_t1, present_t1 = _target_column(targets_t, z_tv.shape[1])
+    logp_t = log_p_tv.gather(-1, column_t1).masked_fill(~present_t1, math.nan).squeeze(-1)
+    return logp_t, entropy_t, log_z_t
 
 
 _forward = Dispatch("logprob_rows", _reference)
@@ -57,19 +68,25 @@ def _(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -
 def _reference_backward(
     z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
 ) -> None:
-    log_p_tv = _log_p(z_tv, temperature) - log_z_t[:, None]
+    log_p_tv = _scaled(z_tv, temperature) - log_z_t[:, None]
     p_tv = log_p_tv.exp()
-    dz_tv = -p_tv * dlogp_t[:, None]
-    dz_tv.scatter_add_(-1, targets_t[:, None], dlogp_t[:, None].to(dz_tv.dtype))
+    column_t1, present_t1 = _target_column(targets_t, z_tv.shape[1])
+    dz_tv = (-p_tv).scatter_add_(-1, column_t1, present_t1.to(p_tv.dtype)) * dlogp_t[:, None]
     if dentropy_t is not None:
-        dz_tv -= dentropy_t[:, None] * p_tv * (log_p_tv + entropy_t[:, None])
+        dz_tv -= (dentropy_t[:, None] * p_tv * (log_p_tv + entropy_t[:, None])).masked_fill_(p_tv == 0, 0.0)
     z_tv.copy_(dz_tv / temperature)
 
 
 _backward = Dispatch("logprob_rows_backward", _reference_backward)
 
 
-@_backward.add("cpp", cpp_refuses)
+def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if (reason := cpp_refuses(device, *args)) or not args:
+        return reason
+    return None if args[0].is_contiguous() else "it overwrites contiguous logits only"
+
+
+@_backward.add("cpp", _cpp_refuses_backward)
 def _cpp_backward(
     z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
 ) -> None:
@@ -95,7 +112,8 @@ def _(z_tv, targets_t, dlogp_t, dentropy_t, log_z_t, entropy_t, temperature):  #
 def logprob_rows(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logp_t, entropy_t, log_z_t), float32 [t], of logits z_tv [t, v]; entropy_t is empty [0] when not wanted. Not differentiable.
 
-    targets_t: int64 [t] in [0, v). The caller has checked shapes (ops.linear_logprob).
+    targets_t: int64 [t] in [0, v); the C++ kernels raise RuntimeError on another, elsewhere its logp is NaN. The caller has checked
+    shapes (ops.linear_logprob).
     """
     return _forward(z_tv, targets_t, temperature, with_entropy)
 

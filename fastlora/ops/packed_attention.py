@@ -89,7 +89,7 @@ def _rotated_attention(
     scaling: float,
     window: int,
 ) -> Tensor:
-    q_the, k_the, v_the = (x.view(len(x), -1, head_dim) for x in (q_td, k_td, v_td))
+    q_the, k_the, v_the = (x.reshape(len(x), x.shape[1] // head_dim, head_dim) for x in (q_td, k_td, v_td))
     q_the, k_the = rotate(q_the, cos_te, sin_te), rotate(k_the, cos_te, sin_te)
     return _attend(q_the, k_the, v_the, cu_seqlens, roots, scaling, window).reshape(q_td.shape)
 
@@ -120,6 +120,10 @@ def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
     return None if head_dim % 32 == 0 else f"it needs a head width that is a multiple of 32, not {head_dim}"
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 @_forward.add("cpp", _cpp_refuses_attention)
 def _cpp(
     q_td: Tensor,
@@ -134,7 +138,8 @@ def _cpp(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
-    return torch.ops.fastlora_cpu.packed_attention_forward(q_td, k_td, v_td, cos_te, sin_te, *places, head_dim, scaling, window)
+    inputs = _contiguous(q_td, k_td, v_td, cos_te, sin_te)
+    return torch.ops.fastlora_cpu.packed_attention_forward(*inputs, *places, head_dim, scaling, window)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
@@ -165,10 +170,13 @@ def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, wi
 def _reference_backward(
     dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    # The body of an op runs below autograd, where enable_grad alone records nothing: its dispatch key has to be let in again.
+    cu_seqlens, roots, head_dim, scaling, window = layout
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
-        out = _rotated_attention(*leaves, cos_te, sin_te, *layout)
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout_td)
+        out = _rotated_attention(leaves[0], leaves[1], leaves[2], cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout_td, materialize_grads=True)
     return dq, dk, dv
 
 
@@ -178,8 +186,9 @@ _backward = Dispatch("packed_attention_backward", _reference_backward)
 def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
     if (reason := _cpp_refuses_attention(device, *args)) or not args:
         return reason
-    q_td, lse = args[1], args[7]
-    return None if lse.numel() or not len(q_td) else "the forward pass was another implementation's, which keeps no log-sum-exp"
+    out_td, lse = args[6:8]
+    kept = lse.numel() or not out_td.numel()
+    return None if kept else "it needs the log-sum-exp, which the implementation that ran the forward pass did not keep"
 
 
 @_backward.add("cpp", _cpp_refuses_backward)
@@ -199,9 +208,8 @@ def _cpp_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
-    return torch.ops.fastlora_cpu.packed_attention_backward(
-        dout_td.contiguous(), q_td, k_td, v_td, cos_te, sin_te, *places, out_td, lse, head_dim, scaling, window
-    )
+    inputs = _contiguous(dout_td, q_td, k_td, v_td, cos_te, sin_te)
+    return torch.ops.fastlora_cpu.packed_attention_backward(*inputs, *places, out_td.contiguous(), lse, head_dim, scaling, window)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
@@ -262,17 +270,21 @@ def packed_attention(
     frozen, or None for no rotation. window: tokens that a query sees at most, itself included; None = all. Raises ValueError when shapes disagree or a family's segments are not adjacent.
     """
     t = len(q_td)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != t or len(roots) != len(cu_seqlens) - 1 or len(k_td) != t or v_td.shape != k_td.shape:
+    borders = list(cu_seqlens)
+    spans_t = borders[:1] == [0] and borders[-1] == t and borders == sorted(borders)
+    if not spans_t or len(roots) != len(borders) - 1 or len(k_td) != t or v_td.shape != k_td.shape:
         raise ValueError(
             f"packed_attention: q {tuple(q_td.shape)}, k {tuple(k_td.shape)}, v {tuple(v_td.shape)}, {len(roots)} roots and "
-            f"cu_seqlens {list(cu_seqlens)} do not fit"
+            f"cu_seqlens {borders} do not fit"
         )
+    tables = [None if table is None else tuple(table.shape) for table in (cos_te, sin_te)]
+    if tables not in ([None, None], [(t, head_dim)] * 2):
+        raise ValueError(f"packed_attention: cos_te and sin_te are {tables[0]} and {tables[1]}; both must be {(t, head_dim)}, or None")
     if q_td.shape[1] % head_dim or k_td.shape[1] % head_dim or q_td.shape[1] % k_td.shape[1]:
         raise ValueError(f"packed_attention: widths {q_td.shape[1]} and {k_td.shape[1]} are not heads of width {head_dim} that share keys")
     if any(root not in (s, roots[s - 1] if s else s) for s, root in enumerate(roots)):
         raise ValueError(f"packed_attention: roots {list(roots)}: segments that share a root must follow it without a gap")
-    tensors = (x.contiguous() for x in (q_td, k_td, v_td))
-    args = (*tensors, cos_te, sin_te, list(cu_seqlens), list(roots), head_dim, scaling, window or 0)
+    args = (q_td, k_td, v_td, cos_te, sin_te, borders, list(roots), head_dim, scaling, window)
     return call(packed_attention_op, _forward, *args)[0]
 
 

@@ -36,7 +36,7 @@ _forward = Dispatch("rms_norm", _reference)
 
 @_forward.add("cpp", cpp_refuses)
 def _cpp(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastlora_cpu.rms_norm_forward(x.contiguous(), weight_d, eps)
+    return torch.ops.fastlora_cpu.rms_norm_forward(x.contiguous(), weight_d.contiguous(), eps)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
@@ -63,7 +63,8 @@ _backward = Dispatch("rms_norm_backward", _reference_backward)
 
 @_backward.add("cpp", cpp_refuses)
 def _cpp_backward(dy: Tensor, x: Tensor, weight_d: Tensor, rstd_t: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
-    dx, partial_bd = torch.ops.fastlora_cpu.rms_norm_backward(dy.contiguous(), x.contiguous(), weight_d, rstd_t, need_dw)
+    tensors = (dy.contiguous(), x.contiguous(), weight_d.contiguous(), rstd_t.contiguous())
+    dx, partial_bd = torch.ops.fastlora_cpu.rms_norm_backward(*tensors, need_dw)
     return dx, partial_bd.sum(0).to(weight_d.dtype) if need_dw else weight_d.new_empty(0)
 
 

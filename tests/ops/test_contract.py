@@ -1,4 +1,4 @@
-"""One contract for every op of fastlora.ops: each implementation, dtype and sample input of every OpSpec found in the package.
+"""One contract for every op of fastlora.ops: each implementation, instruction set, dtype and sample input of every OpSpec of the package.
 
 What an op computes is the business of its own test; here is what all ops promise alike. Memory from `torch.empty` is filled with
 NaN, so that an output entry that nobody wrote is seen.
@@ -6,9 +6,10 @@ NaN, so that an output entry that nobody wrote is seen.
 
 from __future__ import annotations
 
-import copy
 import importlib
+import math
 import pkgutil
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,14 +19,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora.ops
-from fastlora.ops import registry
-from fastlora.ops.registry import OpSpec, implementation_counts, use_implementation
-from tests.tolerances import FP64_EXACT
+from fastlora import extension
+from fastlora.ops.registry import ImplementationError, OpSpec, dispatchers, implementation_counts, use_implementation
+from tests.ops.implementations import CPP, Variant, needs_extension, running, threads
+from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
-IMPLEMENTATIONS = ("reference", "auto")
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+CPU = torch.device("cpu")
 FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given bfloat16."""
+REFERENCE = Variant("reference")
 
 
 def _collect() -> list[OpSpec]:
@@ -41,11 +44,32 @@ def _collect() -> list[OpSpec]:
 SPECS = _collect()
 
 
-def _dtypes(spec: OpSpec) -> list[torch.dtype]:
-    return [torch.float32, torch.float64] + ([] if spec.name in FLOAT32_STATE else [torch.bfloat16])
+def _variants(spec: OpSpec) -> list[Variant]:
+    """The implementations that the op lists, `cpp` once for every instruction set of this processor."""
+    names = dispatchers[spec.name].implementations
+    return [variant for name in names for variant in (CPP if name == "cpp" else [Variant(name)])]
 
 
-CASES = [pytest.param(spec, dtype, id=f"{spec.name}-{str(dtype)[6:]}") for spec in SPECS for dtype in _dtypes(spec)]
+def _dtypes(spec: OpSpec, variant: Variant) -> list[torch.dtype]:
+    """What the variant must take: C++ no float64, which is for proofs."""
+    dtypes = [torch.float32, torch.float64, torch.bfloat16]
+    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation == "cpp")
+    return [dtype for dtype in dtypes if dtype not in left_out]
+
+
+def _id(*parts: Any) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in parts)
+
+
+VARIANTS = [pytest.param(spec, variant, id=_id(spec.name, variant)) for spec in SPECS for variant in _variants(spec)]
+CASES = [
+    pytest.param(spec, variant, dtype, id=_id(spec.name, variant, dtype))
+    for spec in SPECS
+    for variant in _variants(spec)
+    for dtype in _dtypes(spec, variant)
+]
+LOW_PRECISION = [case for case in CASES if case.values[1] != REFERENCE and case.values[2] != torch.float64]
+CPP_SPECS = [pytest.param(spec, id=spec.name) for spec in SPECS if "cpp" in dispatchers[spec.name].implementations]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +88,11 @@ def _clone(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, arguments)
 
 
+def _in_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers, wider; fresh tensors."""
+    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, _clone(arguments))
+
+
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
@@ -80,32 +109,35 @@ def _writes(argument: torch.Argument) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
+def _is_on(variant: Variant, device: torch.device) -> None:
+    if variant.implementation == "cpp" and device.type != "cpu":
+        pytest.skip("the C++ kernels run on the CPU")
+
+
 def test_every_op_of_the_package_is_found() -> None:
-    files = {info.name for info in pkgutil.iter_modules(fastlora.ops.__path__)} - {"registry"}
+    files = {info.name for info in pkgutil.iter_modules(fastlora.ops.__path__)} - {"registry", "gemm"}
     assert files <= {spec.name for spec in SPECS}
     registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastlora::")}
-    assert registered == {spec.name for spec in SPECS}
+    assert registered == {spec.name for spec in SPECS} == set(dispatchers)
+    assert all(next(iter(dispatch.implementations)) == "reference" for dispatch in dispatchers.values())
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize(
-    ("spec", "implementation"),
-    [(s, name) for s in SPECS for name in (IMPLEMENTATIONS if s.op in registry._switchable else ("auto",))],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_opcheck(spec: OpSpec, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("spec", "variant"), [case for case in VARIANTS if case.values[1] not in CPP[:-1]])
+def test_opcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """torch's own: schema tells the truth about writes and aliases, autograd is registered, fake and compiled shapes are right."""
-    with use_implementation(implementation):
+    _is_on(variant, device)
+    with running(variant):
         for arguments in spec.sample_inputs(torch.float32, device):
             torch.library.opcheck(spec.op, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("spec", "dtype"), CASES)
-def test_outputs(spec: OpSpec, dtype: torch.dtype, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("spec", "variant", "dtype"), CASES)
+def test_outputs(spec: OpSpec, variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
     """Finite, of the fake's shape and dtype, the same bits twice, and nothing written that the schema does not declare."""
-    with use_implementation(implementation):
+    _is_on(variant, device)
+    with running(variant):
         for arguments in spec.sample_inputs(dtype, device):
             first_arguments, second_arguments = _clone(arguments), _clone(arguments)
             first, second = _run(spec, first_arguments), _run(spec, second_arguments)
@@ -119,27 +151,64 @@ def test_outputs(spec: OpSpec, dtype: torch.dtype, implementation: str, device: 
             assert [(x.shape, x.dtype, x.device) for x in fake] == [(x.shape, x.dtype, x.device) for x in first]
 
 
+@pytest.mark.parametrize(("spec", "variant", "dtype"), [case for case in CASES if case.values[1] in CPP])
+def test_bits_do_not_depend_on_threads(spec: OpSpec, variant: Variant, dtype: torch.dtype) -> None:
+    """The samples; the ops that split large inputs only have such inputs in tests of their own."""
+    with running(variant):
+        for arguments in spec.sample_inputs(dtype, CPU):
+            results = []
+            for count in (1, 2):
+                with threads(count):
+                    results.append(_run(spec, _clone(arguments)))
+            assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_implementations_agree_in_fp64(spec: OpSpec, device: torch.device) -> None:
+    others = [Variant("auto"), *(v for v in _variants(spec) if v != REFERENCE and torch.float64 in _dtypes(spec, v))]
     for arguments in spec.sample_inputs(torch.float64, device):
-        results = []
-        for implementation in IMPLEMENTATIONS:
-            with use_implementation(implementation):
-                results.append(_run(spec, _clone(arguments)))
-        for reference, other in zip(*results, strict=True):
-            scale = max(1.0, float(reference.abs().max())) if reference.numel() else 1.0
-            torch.testing.assert_close(other, reference, rtol=0, atol=FP64_EXACT * scale)
+        with running(REFERENCE):
+            references = _run(spec, _clone(arguments))
+        for variant in others:
+            with running(variant):
+                results = _run(spec, _clone(arguments))
+            for reference, other in zip(references, results, strict=True):
+                scale = max(1.0, float(reference.abs().max())) if reference.numel() else 1.0
+                torch.testing.assert_close(other, reference, rtol=0, atol=FP64_EXACT * scale)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.name != "grpo_loss"], ids=lambda spec: spec.name)
-def test_gradcheck(spec: OpSpec, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("spec", "variant", "dtype"), LOW_PRECISION)
+def test_error_against_fp64_is_that_of_the_reference(spec: OpSpec, variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
+    """Relative L2 error of each output over all samples; the truth is the reference in fp64 at the very same numbers."""
+    _is_on(variant, device)
+    squares: Counter[tuple[int, str]] = Counter()
+    with running(variant):  # what a backward pass gets from its forward pass is this variant's own
+        samples = list(spec.sample_inputs(dtype, device))
+        results = [_run(spec, _clone(arguments)) for arguments in samples]
+    with running(REFERENCE):
+        for arguments, got in zip(samples, results, strict=True):
+            truths, plain = _run(spec, _in_float64(arguments)), _run(spec, _clone(arguments))
+            for index, (ours, theirs, truth) in enumerate(zip(got, plain, truths, strict=True)):
+                if ours.shape == truth.shape:  # packed_attention's lse is empty in the reference
+                    squares[index, "got"] += float((ours.double() - truth).square().sum())
+                    squares[index, "reference"] += float((theirs.double() - truth).square().sum())
+                    squares[index, "truth"] += float(truth.square().sum())
+    for index in {index for index, _ in squares}:
+        got_error, reference_error = (math.sqrt(squares[index, name] / squares[index, "truth"]) for name in ("got", "reference"))
+        assert got_error <= KERNEL_ERROR_FACTOR * reference_error + KERNEL_ERROR_FLOOR, f"output {index}"
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "variant"), [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation != "cpp"]
+)
+def test_gradcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """Where the sample inputs ask for gradients. Masks hold entries constant, which finite differences do not: the samples run without,
     and test_lora_linear.py has an oracle for them. The same goes for grpo_loss: test_grpo_loss.py checks its gradient."""
     names = [argument.name for argument in _schema(spec).arguments]
-    with use_implementation(implementation):
+    with running(variant):
         for sample in spec.sample_inputs(torch.float64, device):
             arguments = tuple(None if name.endswith("_mask") else x for name, x in zip(names, sample, strict=True))
             if any(x.requires_grad and x.numel() for x in _tensors(arguments)):
@@ -154,34 +223,105 @@ def _differentiable_outputs(spec: OpSpec, arguments: tuple[Any, ...]) -> list[in
     return [i for i, x in enumerate(outputs[:last]) if x.requires_grad and x.numel()]
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_the_counter_says_what_ran(spec: OpSpec, implementation: str, device: torch.device) -> None:
-    """Forced to the reference, nothing else runs; on auto, an op with kernels of its own for the device does not run the reference."""
-    arguments = list(spec.sample_inputs(torch.float32, device))[-1]
-    before = copy.copy(implementation_counts)
-    with use_implementation(implementation):
-        _run(spec, _clone(arguments))
-    ran = implementation_counts - before
-    assert sum(ran.values()) == 1 and {op for op, _ in ran} == {spec.name}
-    (name,) = {name for _, name in ran}
-    assert (name == "reference") == (implementation == "reference" or spec.op not in registry._switchable)
-
-
-def test_leaving_the_block_restores_the_kernels_even_after_an_error() -> None:
-    spec = next(s for s in SPECS if s.op in registry._switchable)
-    arguments = list(spec.sample_inputs(torch.float32, torch.device("cpu")))[-1]
-    with pytest.raises(KeyError), use_implementation("reference"):
-        raise KeyError
-    before = copy.copy(implementation_counts)
+def _what_ran(spec: OpSpec, arguments: tuple[Any, ...]) -> Counter[tuple[str, str]]:
+    before = implementation_counts.copy()
     _run(spec, _clone(arguments))
-    assert (spec.name, "reference") not in implementation_counts - before
+    return implementation_counts - before
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize(("spec", "variant"), VARIANTS)
+def test_a_forced_implementation_is_what_ran(spec: OpSpec, variant: Variant, device: torch.device) -> None:
+    """Once, and no other of the same op; the reference runs nothing but references, of whatever op."""
+    _is_on(variant, device)
+    with running(variant):
+        ran = _what_ran(spec, list(spec.sample_inputs(torch.float32, device))[-1])
+    assert {name: count for (op, name), count in ran.items() if op == spec.name} == {variant.implementation: 1}
+    assert variant != REFERENCE or {name for _, name in ran} == {"reference"}
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_auto_runs_the_best_that_can(spec: OpSpec, dtype: torch.dtype) -> None:
+    """On the CPU: C++ where the op has it and the dtype is not float64, else torch's, else the reference."""
+    listed = dispatchers[spec.name].implementations
+    wanted = "cpp" if "cpp" in listed and dtype == torch.float32 else "torch" if "torch" in listed else "reference"
+    ran = _what_ran(spec, list(spec.sample_inputs(dtype, CPU))[-1])
+    assert {name for op, name in ran if op == spec.name} == {wanted}
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_ops_without_the_forced_implementation_stay_on_auto(spec: OpSpec, name: str) -> None:
+    if name in dispatchers[spec.name].implementations:
+        pytest.skip(f"{spec.name} has an implementation {name}")
+    arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
+    on_auto = _what_ran(spec, arguments)
+    with use_implementation(name):
+        assert _what_ran(spec, arguments) == on_auto
+
+
+@needs_extension
+@pytest.mark.parametrize("spec", CPP_SPECS)
+def test_cpp_refuses_float64_by_name(spec: OpSpec) -> None:
+    samples = list(spec.sample_inputs(torch.float64, CPU))
+    for arguments in samples:
+        with (
+            use_implementation("cpp"),
+            pytest.raises(
+                ImplementationError, match=rf"^{spec.name}: implementation 'cpp' .* it takes float32 and bfloat16, not torch.float64"
+            ),
+        ):
+            _run(spec, _clone(arguments))
+
+
+@pytest.mark.parametrize("spec", CPP_SPECS)
+def test_without_the_extension_cpp_is_refused_and_auto_runs_something_else(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
+    monkeypatch.setattr(extension, "missing", lambda: "it was left on a train")
+    assert {name for _, name in _what_ran(spec, arguments)} == {"reference"}
+    with pytest.raises(ImplementationError, match=r"^implementation 'cpp' .* it was left on a train"), use_implementation("cpp"):
+        pass
+    with use_implementation("auto"):  # and where the extension vanished after the block was entered
+        monkeypatch.setattr("fastlora.ops.registry._forced", "cpp")
+        with pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'cpp' .* it was left on a train"):
+            _run(spec, _clone(arguments))
+
+
+def test_nested_blocks_restore_what_was_forced_even_after_an_error() -> None:
+    spec = next(s for s in SPECS if s.name == "lora_linear")
+    arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
+
+    def ran() -> str:
+        ((_, name),) = _what_ran(spec, arguments)
+        return name
+
+    with use_implementation("reference"):
+        with pytest.raises(KeyError), use_implementation("torch"):
+            assert ran() == "torch"
+            raise KeyError
+        assert ran() == "reference"
+        with use_implementation("auto"):
+            assert ran() == "torch"
+        with pytest.raises(ValueError), use_implementation("nothing"):
+            pass
+        assert ran() == "reference"
+    assert ran() == "torch"
 
 
 def test_unknown_implementations_are_refused() -> None:
-    with pytest.raises(ValueError, match="implementation 'triton': known are 'auto' and 'reference'"), use_implementation("triton"):
+    message = "implementation 'grouped': known are 'auto', 'reference', 'torch', 'cpp'"
+    with pytest.raises(ValueError, match=message), use_implementation("grouped"):
         pass
+
+
+@needs_extension
+def test_unknown_instruction_sets_are_refused() -> None:
+    before = extension.instruction_set()
+    with pytest.raises(RuntimeError, match="use_instruction_set: 'avx1024' is unknown, or this processor does not have it"):
+        torch.ops.fastlora_cpu.use_instruction_set("avx1024")
+    assert extension.instruction_set() == before
 
 
 def _sizes(value: Any) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops.linear_logprob import linear_logprob, linear_logprob_backward_op, linear_logprob_op
+from fastlora.ops.registry import use_implementation
+from tests.ops.implementations import CPP, Variant, running
 from tests.tolerances import FP32_LOGPROB, FP64_EXACT
 
 
@@ -36,19 +38,20 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("v", [97, 1031])
-@pytest.mark.parametrize("t", [0, 1, 63, 1000])
+@pytest.mark.parametrize("t", [0, 1, 63, 200])
 @pytest.mark.parametrize("chunks", [(4096, 32768), (62, 96), (64, 31), (1, 97)], ids=str)
-def test_matches_log_softmax(t: int, v: int, chunks: tuple[int, int]) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_matches_log_softmax(implementation: str, t: int, v: int, chunks: tuple[int, int]) -> None:
     hidden_td, weight_vd, bias_v, targets_t = _problem(t, 7, v)
     if t:
         targets_t[0], targets_t[-1] = 0, v - 1
     for bias, temperature in ((None, 1.0), (bias_v, 0.7)):
         expected = _oracle(hidden_td, weight_vd, bias, targets_t, temperature)
-        got = linear_logprob(
-            hidden_td, weight_vd, targets_t, bias_v=bias, temperature=temperature, token_chunk=chunks[0], vocab_chunk=chunks[1]
-        )
         weights = torch.randn(2, t, dtype=torch.float64)
-        dh = [torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0] for logp, entropy in (got, expected)]
+        options = {"bias_v": bias, "temperature": temperature, "token_chunk": chunks[0], "vocab_chunk": chunks[1]}
+        with use_implementation(implementation):
+            got = linear_logprob(hidden_td, weight_vd, targets_t, **options)
+            dh = [torch.autograd.grad((weights[0] * logp + weights[1] * entropy).sum(), hidden_td)[0] for logp, entropy in (got, expected)]
         for ours, theirs in (*zip(got, expected, strict=True), dh):
             assert ours.shape == theirs.shape and ours.dtype == torch.float64
             assert _error(ours, theirs) < FP64_EXACT
@@ -89,10 +92,13 @@ def test_without_entropy_the_rest_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_inputs_give_float32_logp(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("variant", [Variant("reference"), *CPP], ids=str)
+def test_low_precision_inputs_give_float32_logp(variant: Variant, dtype: torch.dtype) -> None:
+    """Forced `cpp`: linear_logprob has none and takes whole rows, whose kernels are C++."""
     hidden_td, weight_vd, _, targets_t = _problem(63, 32, 1031, dtype, scale=0.3)
-    logp_t, entropy_t = linear_logprob(hidden_td, weight_vd, targets_t, vocab_chunk=100)
-    (dh_td,) = torch.autograd.grad(logp_t.sum(), hidden_td)
+    with running(variant):
+        logp_t, entropy_t = linear_logprob(hidden_td, weight_vd, targets_t, vocab_chunk=100)
+        (dh_td,) = torch.autograd.grad(logp_t.sum(), hidden_td)
     assert logp_t.dtype == entropy_t.dtype == torch.float32 and dh_td.dtype == dtype
     if dtype == torch.float32:
         for got, expected in zip((logp_t, entropy_t), _oracle(hidden_td, weight_vd, None, targets_t, 1.0), strict=True):
@@ -112,21 +118,23 @@ def test_extreme_logits_stay_finite() -> None:
     assert dh_td.isfinite().all()
 
 
-def test_never_holds_the_logits() -> None:
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_never_holds_the_logits(implementation: str) -> None:
     """No tensor made on the way is larger than the tile, the weights' slice, or the hidden states."""
     sizes: list[int] = []
+    t, d, v, token_chunk, vocab_chunk = 60, 4, 400, 16, 50
+    hidden_td, weight_vd, _, targets_t = _problem(t, d, v)
+    hidden_td = hidden_td.detach()
+    inputs = {hidden_td.untyped_storage().data_ptr(), weight_vd.untyped_storage().data_ptr()}  # views of them hold nothing new
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and not result._is_view():
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
                 sizes.append(result.numel())
             return result
 
-    t, d, v, token_chunk, vocab_chunk = 60, 4, 400, 16, 50
-    hidden_td, weight_vd, _, targets_t = _problem(t, d, v)
-    hidden_td = hidden_td.detach()
-    with Watch():  # the implementations themselves: from outside, an op is opaque to the watch
+    with use_implementation(implementation), Watch():  # the implementations themselves: from outside, an op is opaque to the watch
         logp_t, entropy_t, log_z_t = linear_logprob_op._init_fn(hidden_td, weight_vd, None, targets_t, 1.0, True, token_chunk, vocab_chunk)
         linear_logprob_backward_op._init_fn(
             logp_t, entropy_t, hidden_td, weight_vd, None, targets_t, log_z_t, entropy_t, 1.0, token_chunk, vocab_chunk, False, False
@@ -170,8 +178,11 @@ def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
         linear_logprob(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
 @pytest.mark.parametrize("target", [-1, 11, 40])
-def test_target_out_of_range_is_nan_where_it_is_not_checked(target: int) -> None:
-    """On a GPU nobody reads the targets first; the op itself must then not invent a log-probability."""
-    logp_t, _, _ = linear_logprob_op(torch.zeros(2, 4), torch.zeros(11, 4), None, torch.tensor([3, target]), 1.0, True, 4096, 5)
+def test_target_out_of_range_is_nan_where_it_is_not_checked(target: int, implementation: str) -> None:
+    """On a GPU nobody reads the targets first; the op itself must then not invent a log-probability. (float64: no C++, as there.)"""
+    hidden_td, weight_vd = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(11, 4, dtype=torch.float64)
+    with use_implementation(implementation):
+        logp_t, _, _ = linear_logprob_op(hidden_td, weight_vd, None, torch.tensor([3, target]), 1.0, True, 4096, 5)
     assert logp_t[0].item() == pytest.approx(-math.log(11)) and logp_t[1].isnan()

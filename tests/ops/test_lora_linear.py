@@ -14,9 +14,9 @@ from torch import Tensor
 from fastlora.ops import lora_linear as module
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.registry import use_implementation
-from tests.tolerances import FAST_PATH_ERROR_FACTOR, FP64_EXACT
+from tests.tolerances import FAST_PATH_ERROR_FACTOR, FP64_EXACT, KERNEL_ERROR_FLOOR
 
-IMPLEMENTATIONS = ("reference", "auto")
+IMPLEMENTATIONS = ("reference", "torch")
 D, OUTS = 24, (40, 16, 33)
 RANKS = ((3,), (0,), (0, 3, 17), (1, 0, 64), (64, 17, 1), (0, 0, 1))
 
@@ -187,7 +187,8 @@ def test_bfloat16_is_no_worse_than_plain_torch(implementation: str, adapter_dtyp
                     [_relative_error(outputs, truth), *(_relative_error([g], [t]) for g, t in zip(gradients, true_gradients, strict=True))]
                 )
     ours, plain = (torch.tensor(errors[name]).mean(0) for name in ("ours", "torch"))
-    assert (ours <= FAST_PATH_ERROR_FACTOR * plain).all(), (ours, plain)
+    # The floor is for adapters in float32, whose sums oneDNN takes in another order than MKL: 3e-7 beside 2e-3 of bfloat16.
+    assert (ours <= FAST_PATH_ERROR_FACTOR * plain + KERNEL_ERROR_FLOOR).all(), (ours, plain)
 
 
 def _peft_like(p: Problem) -> list[Tensor]:
