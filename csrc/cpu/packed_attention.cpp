@@ -409,10 +409,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor dout, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlora_cpu, m) {
   m.def(
       "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, Tensor roots, int head_dim, "
-      "float scaling, int window) -> (Tensor, Tensor)");
+      "float scaling, int window=0) -> (Tensor, Tensor)");
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, Tensor roots, "
-      "Tensor out, Tensor lse, int head_dim, float scaling, int window) -> (Tensor, Tensor, Tensor)");
+      "Tensor out, Tensor lse, int head_dim, float scaling, int window=0) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlora_cpu, CPU, m) {
   m.impl("packed_attention_forward", TORCH_BOX(&fastlora::packed_attention_forward));

@@ -153,14 +153,14 @@ def packed_attention_op(
     roots: Sequence[int],
     head_dim: int,
     scaling: float,
-    window: int,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
     return _forward(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
 
 
 @packed_attention_op.register_fake
-def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window):  # type: ignore[no-untyped-def]
+def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window=0):  # type: ignore[no-untyped-def]
     args = (q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
     kept = _forward.select(q_td.device, *args).name == "cpp"
     wide = torch.promote_types(q_td.dtype, torch.float32)
@@ -226,7 +226,7 @@ def packed_attention_backward_op(
     roots: Sequence[int],
     head_dim: int,
     scaling: float,
-    window: int,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), with respect to the vectors before their rotation."""
     return _backward(dout_td, q_td, k_td, v_td, cos_te, sin_te, out_td, lse, cu_seqlens, roots, head_dim, scaling, window)
@@ -284,7 +284,7 @@ def packed_attention(
         raise ValueError(f"packed_attention: widths {q_td.shape[1]} and {k_td.shape[1]} are not heads of width {head_dim} that share keys")
     if any(root not in (s, roots[s - 1] if s else s) for s, root in enumerate(roots)):
         raise ValueError(f"packed_attention: roots {list(roots)}: segments that share a root must follow it without a gap")
-    args = (q_td, k_td, v_td, cos_te, sin_te, borders, list(roots), head_dim, scaling, window)
+    args = (q_td, k_td, v_td, cos_te, sin_te, borders, list(roots), head_dim, scaling, window or 0)
     return call(packed_attention_op, _forward, *args)[0]
 
 
