@@ -183,7 +183,7 @@ def test_cpp_overwrites_contiguous_logits_only() -> None:
     z_tv, targets_t, dlogp_t, _ = _problem((9, 33), torch.float32)
     _, _, log_z_t = logprob_rows(z_tv, targets_t, 1.0, False)
     strided = z_tv.t().contiguous().t()
-    with use_implementation("cpp"), pytest.raises(ImplementationError, match="logprob_rows_backward: .* contiguous"):
+    with use_implementation("cpp"), pytest.raises(ImplementationError, match=r"logprob_rows_backward: .* contiguous"):
         logprob_rows_backward_(strided, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
     logprob_rows_backward_(strided, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
     logprob_rows_backward_(z_tv, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
@@ -207,7 +207,7 @@ def test_the_reference_gives_a_target_out_of_range_nan(target: int) -> None:
     """It is what a GPU runs, where nobody looks at the targets first."""
     z_tv, targets_t, dlogp_t = torch.zeros(2, 11), torch.tensor([3, target]), torch.ones(2)
     with use_implementation("reference"):
-        logp_t, _, log_z_t, dz_tv = _ours(z_tv, targets_t, dlogp_t, dlogp_t, 1.0)
+        logp_t, _, _, dz_tv = _ours(z_tv, targets_t, dlogp_t, dlogp_t, 1.0)
     assert logp_t[0] == pytest.approx(-float(torch.tensor(11.0).log())) and logp_t[1].isnan()
     assert dz_tv[1] == pytest.approx([-1 / 11] * 11)  # that of −log Z alone: no token is taken for the target
 
