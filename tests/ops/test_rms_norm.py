@@ -23,13 +23,13 @@ def _problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _ours(x: Tensor, weight_d: Tensor, dy: Tensor, train_gain: bool = True) -> list[Tensor]:
     x, weight_d = x.detach().requires_grad_(), weight_d.detach().requires_grad_(train_gain)
     y = rms_norm(x, weight_d, EPS)
-    return [y, *torch.autograd.grad(y, (x, weight_d) if train_gain else (x,), dy)]
+    return [y.detach(), *torch.autograd.grad(y, (x, weight_d) if train_gain else (x,), dy)]
 
 
 def _torchs(x: Tensor, weight_d: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
     x, weight_d = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight_d))
     y = F.rms_norm(x, x.shape[-1:], weight_d, EPS)
-    return [y, *torch.autograd.grad(y, (x, weight_d), dy.to(dtype))]
+    return [y.detach(), *torch.autograd.grad(y, (x, weight_d), dy.to(dtype))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

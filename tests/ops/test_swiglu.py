@@ -24,7 +24,7 @@ def _problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _gradients(function: object, gate: Tensor, up: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
     gate, up = (tensor.detach().to(dtype).requires_grad_() for tensor in (gate, up))
     y = function(gate, up)  # type: ignore[operator]
-    return [y, *torch.autograd.grad(y, (gate, up), dy.to(dtype))]
+    return [y.detach(), *torch.autograd.grad(y, (gate, up), dy.to(dtype))]
 
 
 def _plain(gate: Tensor, up: Tensor) -> Tensor:
