@@ -155,10 +155,11 @@ def test_error_is_no_worse_than_dense_attentions(
 
 
 @pytest.mark.parametrize("variant", CPP, ids=str)
-@pytest.mark.parametrize("length", [2, 5, 6, 7, 15, 16, 17, 47, 48, 49, 95, 96, 97])
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 15, 16, 17, 47, 48, 49, 95, 96, 97])
 def test_every_remainder_of_a_block(length: int, variant: Variant) -> None:
     """Rows of a tile (4 or 6), vectors (4 to 16 keys) and blocks of queries (48): alone, as a root and after a root."""
-    families = [((length,), (0,)), ((length, 3), (0, 0)), ((5, length, length), (0, 0, 0))]
+    # The first sequence gives the gradients a size: those of two tokens alone are differences of nearly equal numbers.
+    families = [((40,), (0,)), ((length,), (0,)), ((length, 3), (0, 0)), ((5, length, length), (0, 0, 0))]
     for dtype in (torch.float32, torch.bfloat16):
         problem = _problem(families, heads=2, key_heads=2, dtype=dtype)
         with running(variant):
