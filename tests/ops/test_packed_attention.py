@@ -141,8 +141,7 @@ def test_is_dense_attention_in_fp64(head_dim: int, rotated: bool, key_heads: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("key_heads", [1, 2])
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("rotated", "key_heads"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("variant", CPP, ids=str)
 def test_error_is_no_worse_than_dense_attentions(
