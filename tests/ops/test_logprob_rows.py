@@ -111,6 +111,16 @@ def test_logits_far_apart(dtype: torch.dtype, variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_probability_down_to_the_smallest(variant: Variant) -> None:
+    """1 to e^−100, through where float32 ends: each entry of the gradient to 1e-3."""
+    _, targets_t, dlogp_t, dentropy_t = _problem((3, 201), torch.float32)
+    z_tv = -torch.arange(201.0).div(2).expand(3, 201).contiguous()
+    problem = (z_tv, targets_t, dlogp_t, dentropy_t, 1.0)
+    with running(variant):
+        _assert_right(_ours(*problem), *problem)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_a_token_that_is_ruled_out(with_entropy: bool, variant: Variant) -> None:
     """Logits of −inf: the row is that of a vocabulary without them, 0 log 0 = 0, and their gradient is 0; whole vectors of them too."""
