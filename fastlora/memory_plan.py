@@ -1,7 +1,7 @@
 """What a run will need at its peak, counted before it starts.
 
-Resident memory is measured where the plan is made; the rest is counted from the widths of the model, the ranks and the tokens of the largest
-batch. w is the size of an activation in bytes, T the packed tokens of a micro-batch (prompts once, each completion without its last
+Resident memory is measured where the plan is made; the rest is counted from the widths of the model, the ranks and the tokens of the
+largest batch. w is the size of an activation in bytes, T the packed tokens of a micro-batch (prompts once, each completion without its last
 token), C its scored tokens; a layer has width d, H query heads and K key heads of width e, an MLP of width m:
 
     activations   w T (x of the two norms 2 d; q, k, v and the attention's output 2 H e + 2 K e; gate and up 2 m;
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes."""
 FILE_WIDTH = {True: 4, False: 2}
-"""Bytes of a weight in the files: the packaged model's are float32, those on the hub bfloat16 as a rule. The files are mapped while they are
-converted; without a conversion they stay mapped and are the weights."""
+"""Bytes of a weight in the files: the packaged model's are float32, those on the hub bfloat16 as a rule. The files are mapped while
+they are converted; without a conversion they stay mapped and are the weights."""
 LOADED_LATER = 100 * 2**20
 """Tokenizer, modelling code and data, which a dry run does not load: 80 to 110 MiB with SmolLM2 and 64 to 2,048 problems."""
 
@@ -182,8 +182,8 @@ class MemoryPlan:
 def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, measured: int | None = None) -> MemoryPlan:
     """The plan of a run.
 
-    model: without an adapter; its weights may be on the meta device. measured: bytes held once weights, data, adapter and optimizer are there
-    (`resident_bytes`); None before that: they are counted, on top of what the process holds now. Raises PatternError as a run would.
+    model: without an adapter; its weights may be on the meta device. measured: bytes held once weights, data, adapter and optimizer are
+    there (`resident_bytes`); None before that: they are counted, on top of what the process holds now. Raises PatternError as a run would.
     """
     w, base = WIDTH[config.model.dtype], sum(parameter.numel() for parameter in model.parameters())
     widths = _widths(model)
