@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import pkgutil
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

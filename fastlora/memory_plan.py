@@ -16,6 +16,7 @@ These are the tensors that autograd keeps on the fast path. The padded layout of
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 
+from fastlora.allocator import GEMM_CACHE_ENTRIES
+from fastlora.build import Parts
 from fastlora.config import RunConfig
 from fastlora.data import batch_indices
 from fastlora.lora.groups import input_groups, projections, shapes
 from fastlora.lora.patterns import resolve
 from fastlora.lora.peft_format import load_b_mask
 from fastlora.losses.one_pass import TILE_ELEMENTS
+from fastlora.model import meta_model, select_device
 from fastlora.packaged_model import PACKAGED_MODELS
+from fastlora.prompt import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +46,8 @@ WIDTH = {"float32": 4, "bfloat16": 2}
 FILE_WIDTH = {True: 4, False: 2}
 """Bytes of a weight in the files: the packaged model's are float32, those on the hub bfloat16 as a rule. The files are mapped while
 they are converted; without a conversion they stay mapped and are the weights."""
+GEMM_BYTES = 400_000
+"""Of one compiled GEMM, measured: 20 MB for the 25 shapes that a new number of packed tokens brings, in two caches."""
 LOADED_LATER = 100 * 2**20
 """Tokenizer, modelling code and data, which a dry run does not load: 80 to 110 MiB with SmolLM2 and 64 to 2,048 problems."""
 
@@ -159,7 +167,7 @@ def _widths(model: PreTrainedModel) -> _Widths:
     )
 
 
-Parts = tuple[tuple[str, int], ...]
+Shares = tuple[tuple[str, int], ...]
 """What holds memory, and how many bytes."""
 
 
@@ -167,16 +175,16 @@ Parts = tuple[tuple[str, int], ...]
 class MemoryPlan:
     """A run's memory by phase."""
 
-    resident: Parts
-    sampling: Parts
-    update: Parts
+    resident: Shares
+    sampling: Shares
+    update: Shares
     loading: int
     """Of the process while the weights are read, all in all."""
 
     @property
     def peak(self) -> int:
-        """Bytes. Sampling and update alternate, but the C library's heap seldom finds room for one in what the other freed."""
-        return max(self.loading, sum(size for part in (self.resident, self.sampling, self.update) for _, size in part))
+        """Bytes. Sampling and update alternate, and each uses what the other has freed."""
+        return max(self.loading, _total(self.resident) + max(_total(self.sampling), _total(self.update)))
 
 
 def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, measured: int | None = None) -> MemoryPlan:
@@ -202,9 +210,42 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
             resident.append(("base weights", base * w))
         file_width = FILE_WIDTH[config.model.name in PACKAGED_MODELS]
         loading = libraries + base * (w + (file_width if file_width != w else 0))
-    sampling = [_sampling(widths, groups, w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
+    on_cpu = select_device(config.model).type == "cpu"
+    if on_cpu:
+        resident.append(("compiled GEMMs in the caches of torch and oneDNN", 2 * GEMM_CACHE_ENTRIES * GEMM_BYTES))
+    sampling = [_sampling(widths, groups if on_cpu else (), w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
     update = _update(config, widths, groups, trained, batch)
     return MemoryPlan(tuple(resident), max(sampling, key=_total, default=()), update, loading)
+
+
+def announce_peak(config: RunConfig, parts: Parts, console: Console) -> None:
+    """Prints the expected peak of a run that is assembled but has not started, and warns when the machine has less. Raises as
+    `plan_memory`."""
+    if config.trainer.implementation == "reference":
+        return  # TRL's padded layout is not planned
+    tokenizer, device = parts.model.tokenizer, parts.model.device
+    prompts, held_out = (
+        [len(ids) for ids in encode(tokenizer, [e.prompt for e in s])] for s in (parts.train_examples, parts.eval_examples)
+    )
+    completions = None
+    if config.objective == "sft":
+        completions = [len(ids) + 1 for ids in tokenizer([e.completion for e in parts.train_examples], add_special_tokens=False).input_ids]
+    batch = largest_batch(config, prompts, completions, held_out)
+    plan = plan_memory(config, meta_model(config.model), batch, resident_bytes(device))
+    console.print(f"expected peak memory: {plan.peak / 2**30:.2f} GiB", highlight=False)
+    if plan.peak > (there := machine_bytes(device)):
+        console.print(
+            f"[bold yellow]This machine has {there / 2**30:.1f} GiB.[/] If the run is killed: more trainer.gradient_accumulation_steps, "
+            "trainer.gradient_checkpointing or a smaller rollout.batch_size",
+            highlight=False,
+        )
+
+
+def machine_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the computer."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_bytes(device: torch.device) -> int:
@@ -241,7 +282,7 @@ def _trained_bytes(config: RunConfig, trained: int, trained_b: int) -> int:
     return 8 * trained + 12 * k + trained
 
 
-def _sampling(x: _Widths, groups: Sequence[_Group], w: int, prompt_tokens: int, rows: int, capacity: int) -> Parts:
+def _sampling(x: _Widths, groups: Sequence[_Group], w: int, prompt_tokens: int, rows: int, capacity: int) -> Shares:
     """What `TorchSampler` holds while it decodes `rows` completions of prompts with so many tokens."""
     # W and A of the group as one matrix, s B as a block-diagonal one with its zeros.
     frozen = sum(g.in_features * (g.out_features + g.rank) + g.out_features * g.rank for g in groups)
@@ -256,7 +297,7 @@ def _sampling(x: _Widths, groups: Sequence[_Group], w: int, prompt_tokens: int, 
     )
 
 
-def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: int, batch: LargestBatch) -> Parts:
+def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: int, batch: LargestBatch) -> Shares:
     """What forward and backward pass of one micro-batch hold."""
     w, full = WIDTH[config.model.dtype], config.method == "full"
     kept_inputs = sum(g.in_features for g in groups if not g.reads_attention) + sum(g.rank for g in groups)
