@@ -44,6 +44,7 @@ class Parts:
     sampler: Sampler
     """The one that evaluates (and samples, unless rollouts are replayed)."""
     rewards: Rewards
+    train_examples: tuple[Example, ...]
     eval_examples: tuple[Example, ...]
 
 
@@ -71,7 +72,7 @@ def build(config: RunConfig, console: Console) -> Parts:
     if config.trainer.gradient_checkpointing:
         model.module.gradient_checkpointing_enable({"use_reentrant": False})
         model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
-    return Parts(model, adapter, flat, AdamW(flat, config.optim), rates, objective, sampler, rewards, eval_examples)
+    return Parts(model, adapter, flat, AdamW(flat, config.optim), rates, objective, sampler, rewards, train_examples, eval_examples)
 
 
 def _training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:

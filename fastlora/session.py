@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from fastlora.allocator import bound_gemm_caches
 from fastlora.analysis.report import write_report
 from fastlora.build import Parts, build, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, has_checkpoint, hash_config, load_checkpoint
@@ -15,6 +16,7 @@ from fastlora.errors import FastloraError
 from fastlora.evaluate import Evaluation, evaluate
 from fastlora.interrupt import interruptible
 from fastlora.lora.peft_format import save_adapter
+from fastlora.memory_plan import announce_peak
 from fastlora.metrics import MetricsWriter, RunSummary, write_environment
 from fastlora.model import weights_hash
 from fastlora.progress import TrainingProgress, accuracy_table
@@ -32,6 +34,7 @@ class BaseChangedError(FastloraError):
 
 def start_run(config: RunConfig, config_path: Path | None, console: Console) -> int:
     """A new run; returns the exit status. The folder is made only after everything that can be refused was."""
+    bound_gemm_caches()
     parts = build(config, console)
     folder = create_run_folder(config, config_path)
     write_environment(folder.path)
@@ -47,10 +50,12 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
         for line in checkpoint.passed_over:
             console.print(f"passed over: {line}", markup=False, soft_wrap=True)
         console.print(f"Resuming {path} after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
+    bound_gemm_caches()
     return _run(config, build(config, console), folder, console, checkpoint)
 
 
 def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, checkpoint: Checkpoint | None) -> int:
+    announce_peak(config, parts, console)
     base_hash = weights_hash(parts.model.module) if config.method == "lora" else None
     with parts.rewards, interruptible() as check_interrupt:
         before = _evaluation(config, parts, folder, "before", 0, console)

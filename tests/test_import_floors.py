@@ -20,9 +20,11 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastlora",
+        "fastlora.allocator",
         "fastlora.atomic",
         "fastlora.config",
         "fastlora.errors",
+        "fastlora.extension",
         "fastlora.interrupt",
         "fastlora.statistics",
         "fastlora.types",
@@ -34,6 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.attention",
         "fastlora.data",
         "fastlora.flat",
+        "fastlora.fused_layers",
+        "fastlora.kv_cache",
         "fastlora.lora",
         "fastlora.losses",
         "fastlora.model",
@@ -53,8 +57,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.rollout",
         "fastlora.run_folder",
     ),
-    ("fastlora.build", "fastlora.objectives", "fastlora.trainer"),
-    ("fastlora.dry_run", "fastlora.evaluate.__main__", "fastlora.session"),
+    ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.trainer"),
+    ("fastlora.doctor", "fastlora.dry_run", "fastlora.evaluate.__main__", "fastlora.session"),
     ("train",),
 )
 """Low to high: a module imports its own floor and those below. A new module of fastlora/ must be given a floor here."""
@@ -71,6 +75,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "vllm": ("fastlora/rollout/vllm",),
     "transformers": (
         "fastlora/attention.py",
+        "fastlora/fused_layers.py",
         "fastlora/lora/",
         "fastlora/model.py",
         "fastlora/optim.py",

@@ -184,6 +184,7 @@ def train_ours(config: RunConfig, recordings: dict[int, Recording], twins: Twins
         objective=PolicyObjective(config, model, twins.adapter, sampler, rewards, EXAMPLES),
         sampler=sampler,
         rewards=rewards,
+        train_examples=(),
         eval_examples=(),
     )
     norms: list[float] = []
