@@ -45,18 +45,24 @@ def delivered(spec: OpSpec, arguments: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in tree_leaves([outputs, written]) if isinstance(x, Tensor)]
 
 
-def converted(arguments: tuple[Any, ...], dtype: torch.dtype, wider: torch.dtype) -> tuple[Any, ...]:
-    """Fresh tensors; those of `dtype` (or of float32 beside it) in `wider`."""
-    narrow = (dtype, torch.float32)
-    return tree_map(lambda x: (x.clone().to(wider) if x.dtype in narrow else x.clone()) if isinstance(x, Tensor) else x, arguments)
+def fresh(arguments: tuple[Any, ...], wider: torch.dtype | None = None) -> tuple[Any, ...]:
+    """The same numbers in new tensors; floating-point ones in `wider`, where that is given and wider."""
+
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        widen = wider is not None and x.is_floating_point() and x.itemsize < wider.itemsize
+        return x.to(wider) if widen else x.clone()
+
+    return tree_map(copied, arguments)
 
 
 def check(case: Case, implementation: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
     """Raises GateError. `arguments` are left as they are."""
     with use_implementation(implementation):
-        got = delivered(case.spec, converted(arguments, dtype, dtype))
+        got = delivered(case.spec, fresh(arguments))
     with use_implementation("reference"):
-        truth = delivered(case.spec, converted(arguments, dtype, WIDER[dtype]))
+        truth = delivered(case.spec, fresh(arguments, WIDER[dtype]))
     for index, (ours, exact) in enumerate(zip(got, truth, strict=True)):
         if ours.shape != exact.shape:  # packed_attention's lse, which the reference does not keep
             continue
