@@ -36,8 +36,8 @@ from bench.report import commit, device_name, device_slug
 from bench.rows import Row, append_rows, timing
 
 CASES = Path(__file__).with_name("test_ops.py")
-TIMING = ("--benchmark-min-rounds=5", "--benchmark-max-time=0.3", "--benchmark-warmup=off")
-"""Five runs of the slowest reference take half a minute in all; a fast op fills 0.3 s."""
+TIMING = ("--benchmark-min-rounds=3", "--benchmark-max-time=0.3", "--benchmark-warmup=off")
+"""The slowest references take seconds a run; a fast op fills 0.3 s."""
 COPY_SECONDS = 0.1
 
 Gemms = Counter[Shape]
@@ -73,12 +73,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_benchmarks(arguments: Sequence[str] = TIMING) -> list[dict[str, Any]] | None:
+def run_benchmarks() -> list[dict[str, Any]] | None:
     """pytest-benchmark's records of bench/test_ops.py (`stats.data` in seconds, `extra_info`); None when a case failed."""
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
         path = Path(scratch) / "ops.json"
         paths = (str(CASES), f"--rootdir={REPOSITORY}", f"--benchmark-json={path}")
-        status = pytest.main([*paths, "-q", "-x", "-p", "no:cacheprovider", "--benchmark-columns=median", *arguments])
+        status = pytest.main([*paths, "-q", "-x", "-p", "no:cacheprovider", "--benchmark-columns=median", *TIMING])
         return json.loads(path.read_text())["benchmarks"] if status == pytest.ExitCode.OK else None
 
 

@@ -176,8 +176,7 @@ def entries_rows(model: Model, rank: int, shares: Sequence[float], machine: Mach
     for share in shares:
         flat = FlatParameters.zeros(size, segments, torch.device("cpu"))
         flat.grad.normal_(generator=generator)
-        # a run without a mask has no index either
-        flat.mask = None if share == 1 else torch.rand(size, generator=generator) < share
+        flat.mask = torch.rand(size, generator=generator) < share
         optimizer = AdamW(flat, OptimConfig())
         say(f"{flat.num_trainable:,} trainable entries")
         table, index = segment_table(segments, optimizer.index_k), optimizer.index_k

@@ -71,7 +71,11 @@ def check(case: Case, implementation: str, dtype: torch.dtype, arguments: tuple[
             raise GateError(f"{case.name}, {implementation}, {dtype}: output {index} is off by {error:.1e} of its norm; not timed")
 
 
-@pytest.mark.parametrize(("case", "implementation", "dtype"), runnable())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """At collection: importing this file builds nothing."""
+    metafunc.parametrize(("case", "implementation", "dtype"), runnable())
+
+
 @torch.no_grad()
 def test_op(benchmark: BenchmarkFixture, case: Case, implementation: str, dtype: torch.dtype) -> None:
     """Gate, then time; what bench/ops.py makes a row of goes into extra_info."""
