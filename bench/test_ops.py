@@ -1,7 +1,7 @@
 """pytest-benchmark over every op × implementation × dtype of bench/op_cases.py. Run by `python -m bench.ops`, not by the test suite.
 
-First the gate: outputs (and what the op writes in place) against the reference, one precision up, at the same arguments. A case that
-fails it is not timed. The gate's own run is the warm-up.
+First the gate: outputs (and what the op writes in place) against the reference, one precision up, at the same arguments. Where one case
+fails, no op gets a row. The gate's own run is the warm-up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MAX_ERROR = {torch.bfloat16: 0.02, torch.float32: 1e-4}
 """Relative L2 error of an output: five roundings of bfloat16 (2^-8), sums of 50,000 terms in float32. A wrong term costs more, and
 tests/ops holds the implementations to far less."""
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+MAX_FP64_FLOPS = 5e10
+"""Costlier ops (the head) are held to the reference in float32: its 116 to 232 GFLOP in float64 would take longer than all timing."""
 
 
 class GateError(AssertionError):
@@ -59,10 +61,11 @@ def fresh(arguments: tuple[Any, ...], wider: torch.dtype | None = None) -> tuple
 
 def check(case: Case, implementation: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
     """Raises GateError. `arguments` are left as they are."""
+    wider = WIDER[dtype] if case.spec.cost(*arguments).flops <= MAX_FP64_FLOPS else torch.float32
     with use_implementation(implementation):
         got = delivered(case.spec, fresh(arguments))
     with use_implementation("reference"):
-        truth = delivered(case.spec, fresh(arguments, WIDER[dtype]))
+        truth = delivered(case.spec, fresh(arguments, wider))
     for index, (ours, exact) in enumerate(zip(got, truth, strict=True)):
         if ours.shape != exact.shape:  # packed_attention's lse, which the reference does not keep
             continue
