@@ -39,6 +39,8 @@ CASES = Path(__file__).with_name("test_ops.py")
 TIMING = ("--benchmark-min-rounds=3", "--benchmark-max-time=0.3", "--benchmark-warmup=off")
 """The slowest references take seconds a run; a fast op fills 0.3 s."""
 COPY_SECONDS = 0.1
+TABLE_WIDTH = 180
+"""Characters."""
 
 Gemms = Counter[Shape]
 Say = Callable[[str], None]
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     peaks = Peaks(lambda message: print(message, file=sys.stderr, flush=True))
     rows = ops_rows(entries, peaks, threads=options.threads, device=device_name(), commit_id=commit())
     append_rows(rows, options.out / device_slug() / "ops.jsonl")
-    Console().print(ops_table(rows))
+    table_console().print(ops_table(rows))
     if options.json:
         print(json.dumps(rows))
     return 0
@@ -133,6 +135,11 @@ def ops_rows(entries: Sequence[Mapping[str, Any]], peaks: Peaks, *, threads: int
         )
     references = {(row["op"], row["dtype"], row["shape"]): row["median"] for row in rows if row["implementation"] == "reference"}
     return [{**row, "x_baseline": references[row["op"], row["dtype"], row["shape"]] / row["median"]} for row in rows]
+
+
+def table_console() -> Console:
+    """Wide enough for a table of results, also where stdout is a file."""
+    return Console(width=max(Console().width, TABLE_WIDTH))
 
 
 def ops_table(rows: Sequence[Row]) -> Table:

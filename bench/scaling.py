@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from bench.contender import Contender
 from bench.gemm_peak import Model, lora_work
 from bench.op_cases import adapter_segments, packaged_model
+from bench.ops import table_console
 from bench.race import REPOSITORY, WorkerError, race
 from bench.record import write_problems, write_workload
 from bench.report import commit, device_name, device_slug
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
     append_rows(rows, options.out / device_slug() / "scaling.jsonl")
-    console = Console()
+    console = table_console()
     console.print(scaling_table(rows))
     console.print(split_table(rows))
     if options.json:
