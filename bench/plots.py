@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.report import GIB
 from bench.rows import Row
@@ -73,9 +73,12 @@ def ops_figure(rows: Sequence[Row]) -> Figure:
         bars = [row for row in faster if row["dtype"] == dtype]
         places = [names.index((row["op"], row["shape"], row["implementation"])) + 0.38 * (index - (len(dtypes) - 1) / 2) for row in bars]
         axes.barh(places, [row["x_baseline"] for row in bars], height=0.36, label=dtype, color=(OURS, OTHERS)[index % 2])
-    axes.set_yticks(range(len(names)), [f"{op} {shape.split(':')[0][:28]} ({name})" for op, shape, name in names], fontsize=7.5)
+    shapes = Counter(op for op, _, _ in names)
+    labels = [f"{op} {shape.split(':')[0]} ({name})" if shapes[op] > 1 else f"{op} ({name})" for op, shape, name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.set(xlabel="× reference (median over median, log)", xscale="log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
