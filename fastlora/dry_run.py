@@ -11,9 +11,9 @@ from rich.table import Table
 from fastlora.config import RunConfig
 from fastlora.lora.groups import input_groups, projections, shapes
 from fastlora.lora.patterns import ModuleSpec, describe, num_parameters, resolve
+from fastlora.losses.one_pass import TILE_ELEMENTS
 from fastlora.model import meta_model
 from fastlora.packaged_model import PACKAGED_MODELS
-from fastlora.policy import PACKED_TOKEN_CHUNK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,11 +58,11 @@ def _memory_table(config: RunConfig, model: PreTrainedModel, num_base: int, num_
     layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
     cached = min(samples, r.batch_size) * (config.data.max_prompt_length + r.max_completion_length)
     cache_per_token = 2 * text.num_key_value_heads * head_width * text.num_hidden_layers
-    chunk = min(PACKED_TOKEN_CHUNK, tokens) * min(32768, text.vocab_size)
+    tile = min(TILE_ELEMENTS, tokens * text.vocab_size)
     rows = [
         ("base weights" if config.method == "lora" else "weights (in the row below)", num_base * width if config.method == "lora" else 0),
         ("trained parameters, gradient, two moments (float32)", 16 * num_trainable),
-        ("one tile of logits (float32, and its gradient)", 8 * chunk),
+        ("one tile of logits, overwritten by its gradient", tile * width),
         (f"KV cache while sampling, {cached:,} tokens at most", cached * cache_per_token * width),
         (f"activations of one micro-batch, {tokens:,} tokens at most", tokens * per_layer * layers * width),
     ]
