@@ -144,7 +144,8 @@ def test_completions_of_a_group_do_not_see_each_other(family: str) -> None:
 
 
 def test_a_group_pays_for_its_prompt_once() -> None:
-    model, shapes = make_tiny_model("llama"), list[tuple[int, ...]]()
+    model = make_tiny_model("llama")
+    shapes: list[tuple[int, ...]] = []
     model.set_attn_implementation(ATTENTION)
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
