@@ -60,7 +60,7 @@ def run_config(
         "rollout": rollout,
         "reward": {"functions": [f"{Path(__file__).with_name('reward.py')}:hashed"]},
         "optim": {"lr": 1e-6},  # TRL's default
-        "trainer": {"steps": STEPS, "gradient_accumulation_steps": SAMPLES // micro_batch},
+        "trainer": {"implementation": "cpp", "steps": STEPS, "gradient_accumulation_steps": SAMPLES // micro_batch},
         "eval": {"num_problems": len(PROBLEMS), "every": 0},
     }
     return RunConfig.model_validate(settings)

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from fastlora.allocator import keep_freed_memory
 from fastlora.config import LoraConfig, RunConfig
 from fastlora.data import load_examples
 from fastlora.flat import FlatParameters, flatten_model
-from fastlora.fused_layers import fuse_layers
+from fastlora.fused_layers import fuse_layers, fuse_linears
 from fastlora.lora.groups import AttachError, projections, shapes
 from fastlora.lora.packed import PackedAdapter, attach
 from fastlora.lora.patterns import describe, resolve
@@ -52,6 +53,7 @@ def build(config: RunConfig, console: Console) -> Parts:
     Raises ConfigError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at fault.
     """
     rates = learning_rates(config.optim, config.optimizer_steps)
+    keep_freed_memory()
     model = load_base_model(config.model)
     if config.trainer.implementation != "reference":
         fuse_layers(model.module)
@@ -99,6 +101,8 @@ def _examples(
 def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[PackedAdapter | None, FlatParameters]:
     """What trains: a fresh (or loaded) adapter attached to the model, or all weights of the model."""
     if config.method == "full":
+        if config.trainer.implementation != "reference":
+            fuse_linears(model.module)
         return None, flatten_model(model.module)
     layers = projections(model.module)
     specs = resolve(shapes(layers), config.lora)

@@ -214,14 +214,15 @@ def _backward_by_rows(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, v = _accumulation_dtype(hidden_td), weight_vd.shape[0]
-    dh_td = torch.empty_like(hidden_td) if grad_logp_t is not None or grad_entropy_t is not None else torch.zeros_like(hidden_td)
     dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
     db_v = hidden_td.new_zeros(v if need_db else 0, dtype=dtype)
-    if grad_logp_t is None and grad_entropy_t is not None:
-        grad_logp_t = torch.zeros_like(grad_entropy_t)
-    for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, v)) if grad_logp_t is not None else ():
+    if grad_logp_t is None and grad_entropy_t is None:
+        return torch.zeros_like(hidden_td), dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
+    dh_td = torch.empty_like(hidden_td)
+    d_logp_t = torch.zeros_like(log_z_t) if grad_logp_t is None else grad_logp_t
+    for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, v)):
         d_entropy, entropy = (None, entropy_t) if grad_entropy_t is None else (grad_entropy_t[tokens], entropy_t[tokens])
-        logprob_rows_backward_(z_tv, targets_t[tokens], grad_logp_t[tokens], d_entropy, log_z_t[tokens], entropy, temperature)
+        logprob_rows_backward_(z_tv, targets_t[tokens], d_logp_t[tokens], d_entropy, log_z_t[tokens], entropy, temperature)
         dh_td[tokens] = product(z_tv, weight_vd)
         if need_dw:
             dw_vd += product(z_tv.t(), hidden_td[tokens])

@@ -205,9 +205,11 @@ def _grouped_backward(
         dy_a = dy_tn.to(a_rd.dtype)
         scaled_product(dy_a, b_rn.t(), scale, dh_m)
         scaled_product(h_m.t(), dy_a, scale, db_rn)
-        if need_dx and dx_td is None:
+        if not need_dx:
+            continue
+        if dx_td is None:
             dx_td = product(dy_tn, weight)
-        elif need_dx:
+        else:
             add_product(dx_td, dy_tn, weight)
     if dx_td is not None:
         add_product(dx_td, dh_tr, a_rd)

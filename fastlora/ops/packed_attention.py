@@ -22,7 +22,7 @@ keys of a family once for all its segments and heads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -43,12 +43,12 @@ def rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tenso
 
 def _runs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
     """(first token, segments, length, (first, last) token of the root's keys) of neighbours of one length that have the same root."""
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     segments = range(len(roots))
-    for (root, is_root, length), run in groupby(segments, lambda s: (roots[s], roots[s] == s, lengths[s])):
-        first = next(run)
+    for (root, is_root, length), group in groupby(segments, lambda s: (roots[s], roots[s] == s, lengths[s])):
+        first, *others = group
         shared = (cu_seqlens[first], cu_seqlens[first]) if is_root else (cu_seqlens[root], cu_seqlens[root + 1])
-        yield cu_seqlens[first], 1 + sum(1 for _ in run), length, shared
+        yield cu_seqlens[first], 1 + len(others), length, shared
 
 
 def _attend(

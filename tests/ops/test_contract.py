@@ -298,8 +298,9 @@ def test_nested_blocks_restore_what_was_forced_even_after_an_error() -> None:
         return name
 
     with use_implementation("reference"):
-        with pytest.raises(KeyError), use_implementation("torch"):
+        with use_implementation("torch"):
             assert ran() == "torch"
+        with pytest.raises(KeyError), use_implementation("torch"):
             raise KeyError
         assert ran() == "reference"
         with use_implementation("auto"):

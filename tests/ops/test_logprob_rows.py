@@ -111,6 +111,16 @@ def test_logits_far_apart(dtype: torch.dtype, variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_probability_down_to_the_smallest(variant: Variant) -> None:
+    """1 to e^−100, through where float32 ends: each entry of the gradient to 1e-3."""
+    _, targets_t, dlogp_t, dentropy_t = _problem((3, 201), torch.float32)
+    z_tv = -torch.arange(201.0).div(2).expand(3, 201).contiguous()
+    problem = (z_tv, targets_t, dlogp_t, dentropy_t, 1.0)
+    with running(variant):
+        _assert_right(_ours(*problem), *problem)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_a_token_that_is_ruled_out(with_entropy: bool, variant: Variant) -> None:
     """Logits of −inf: the row is that of a vocabulary without them, 0 log 0 = 0, and their gradient is 0; whole vectors of them too."""
@@ -140,8 +150,10 @@ def test_a_target_that_is_ruled_out(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_spoil_their_row_only(value: float, variant: Variant) -> None:
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7FC00001, 0x7FFFFFFF], ids=hex)
+def test_nan_and_inf_spoil_their_row_only(bits: int, variant: Variant) -> None:
+    """+inf, and NaN whatever its payload, which the kernels' exponential adds an exponent to."""
+    value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     for place in (0, 40, 96):
         z_tv, targets_t, dlogp_t, dentropy_t = _problem((3, 97), torch.float32)
         z_tv[1, place] = value
@@ -183,7 +195,7 @@ def test_cpp_overwrites_contiguous_logits_only() -> None:
     z_tv, targets_t, dlogp_t, _ = _problem((9, 33), torch.float32)
     _, _, log_z_t = logprob_rows(z_tv, targets_t, 1.0, False)
     strided = z_tv.t().contiguous().t()
-    with use_implementation("cpp"), pytest.raises(ImplementationError, match="logprob_rows_backward: .* contiguous"):
+    with use_implementation("cpp"), pytest.raises(ImplementationError, match=r"logprob_rows_backward: .* contiguous"):
         logprob_rows_backward_(strided, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
     logprob_rows_backward_(strided, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
     logprob_rows_backward_(z_tv, targets_t, dlogp_t, None, log_z_t, log_z_t[:0], 1.0)
@@ -207,7 +219,7 @@ def test_the_reference_gives_a_target_out_of_range_nan(target: int) -> None:
     """It is what a GPU runs, where nobody looks at the targets first."""
     z_tv, targets_t, dlogp_t = torch.zeros(2, 11), torch.tensor([3, target]), torch.ones(2)
     with use_implementation("reference"):
-        logp_t, _, log_z_t, dz_tv = _ours(z_tv, targets_t, dlogp_t, dlogp_t, 1.0)
+        logp_t, _, _, dz_tv = _ours(z_tv, targets_t, dlogp_t, dlogp_t, 1.0)
     assert logp_t[0] == pytest.approx(-float(torch.tensor(11.0).log())) and logp_t[1].isnan()
     assert dz_tv[1] == pytest.approx([-1 / 11] * 11)  # that of −log Z alone: no token is taken for the target
 

@@ -116,9 +116,9 @@ def _problem(
 
 @cache
 def _ragged(head_dim: int, rotated: bool, key_heads: int, dtype: torch.dtype) -> tuple[Problem, list[Tensor], list[Tensor]]:
-    """(problem, dense attention in its dtype, the truth in fp64); the dense ones once for all variants."""
+    """(problem, dense attention in its dtype, the truth in fp64); the dense ones once for all variants. 3 query heads on 1, or 4 on 2."""
     torch.manual_seed(head_dim)
-    problem = _problem(RAGGED, key_heads=key_heads, head_dim=head_dim, rotated=rotated, dtype=dtype)
+    problem = _problem(RAGGED, heads=2 + key_heads, key_heads=key_heads, head_dim=head_dim, rotated=rotated, dtype=dtype)
     return problem, problem.dense(), problem.to(torch.float64).dense()
 
 
@@ -131,7 +131,7 @@ def _long(dtype: torch.dtype) -> tuple[Problem, list[Tensor], list[Tensor]]:
         return problem, problem.ours(), problem.to(torch.float64).ours()
 
 
-@pytest.mark.parametrize("key_heads", [1, 3])
+@pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("head_dim", [2, 24, 32])
 def test_is_dense_attention_in_fp64(head_dim: int, rotated: bool, key_heads: int) -> None:
@@ -141,8 +141,7 @@ def test_is_dense_attention_in_fp64(head_dim: int, rotated: bool, key_heads: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("key_heads", [1, 3])
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("rotated", "key_heads"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("variant", CPP, ids=str)
 def test_error_is_no_worse_than_dense_attentions(
@@ -155,12 +154,13 @@ def test_error_is_no_worse_than_dense_attentions(
 
 
 @pytest.mark.parametrize("variant", CPP, ids=str)
-@pytest.mark.parametrize("length", [2, 5, 6, 7, 15, 16, 17, 47, 48, 49, 95, 96, 97])
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 15, 16, 17, 47, 48, 49, 95, 96, 97])
 def test_every_remainder_of_a_block(length: int, variant: Variant) -> None:
     """Rows of a tile (4 or 6), vectors (4 to 16 keys) and blocks of queries (48): alone, as a root and after a root."""
-    families = [((length,), (0,)), ((length, 3), (0, 0)), ((5, length, length), (0, 0, 0))]
+    # The first sequence gives the gradients a size: those of two tokens alone are differences of nearly equal numbers.
+    families = [((40,), (0,)), ((length,), (0,)), ((length, 3), (0, 0)), ((5, length, length), (0, 0, 0))]
     for dtype in (torch.float32, torch.bfloat16):
-        problem = _problem(families, heads=2, dtype=dtype)
+        problem = _problem(families, heads=2, key_heads=2, dtype=dtype)
         with running(variant):
             got = problem.ours()
         assert_no_worse(got, problem.dense(), problem.to(torch.float64).dense())

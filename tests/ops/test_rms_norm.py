@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.rms_norm import rms_norm
-from tests.ops.implementations import CPP, Variant, assert_no_worse, running, threads
+from fastlora.ops.registry import use_implementation
+from fastlora.ops.rms_norm import rms_norm, rms_norm_backward_op, rms_norm_op
+from tests.ops.implementations import CPP, Variant, assert_no_worse, needs_extension, running, threads
 from tests.tolerances import FP64_EXACT, SAME_IN_FLOAT32
 
 EPS = 1e-5
@@ -22,13 +23,13 @@ def _problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _ours(x: Tensor, weight_d: Tensor, dy: Tensor, train_gain: bool = True) -> list[Tensor]:
     x, weight_d = x.detach().requires_grad_(), weight_d.detach().requires_grad_(train_gain)
     y = rms_norm(x, weight_d, EPS)
-    return [y, *torch.autograd.grad(y, (x, weight_d) if train_gain else (x,), dy)]
+    return [y.detach(), *torch.autograd.grad(y, (x, weight_d) if train_gain else (x,), dy)]
 
 
 def _torchs(x: Tensor, weight_d: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
     x, weight_d = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight_d))
     y = F.rms_norm(x, x.shape[-1:], weight_d, EPS)
-    return [y, *torch.autograd.grad(y, (x, weight_d), dy.to(dtype))]
+    return [y.detach(), *torch.autograd.grad(y, (x, weight_d), dy.to(dtype))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -89,3 +90,16 @@ def test_refuses_what_does_not_fit() -> None:
     for weight_d in (torch.ones(6), torch.ones(7, dtype=torch.bfloat16), torch.ones(1, 7)):
         with pytest.raises(ValueError, match=r"rms_norm: weight .* does not fit x \(3, 7\) torch.float32"):
             rms_norm(torch.ones(3, 7), weight_d, EPS)
+
+
+@needs_extension
+def test_the_kernels_check_what_they_read() -> None:
+    """Past the public function's checks: an error, never memory that is not theirs."""
+    x, weight_d, rstd_t = torch.ones(3, 7), torch.ones(7), torch.ones(3)
+    with use_implementation("cpp"):
+        for wrong in (torch.ones(6), torch.ones(7, dtype=torch.bfloat16)):
+            with pytest.raises(RuntimeError, match="rms_norm: "):
+                rms_norm_op(x, wrong, EPS)
+        for arguments in ((x[:2], x, weight_d, rstd_t), (x, x, weight_d[:6], rstd_t), (x, x, weight_d, rstd_t[:2])):
+            with pytest.raises(RuntimeError, match="rms_norm: "):
+                rms_norm_backward_op(*arguments, True)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.swiglu import swiglu
-from tests.ops.implementations import CPP, Variant, assert_no_worse, running, threads
+from fastlora.ops.registry import use_implementation
+from fastlora.ops.swiglu import swiglu, swiglu_backward_op, swiglu_op
+from tests.ops.implementations import CPP, Variant, assert_no_worse, needs_extension, running, threads
 from tests.tolerances import FP64_EXACT, SAME_IN_FLOAT32
 
 SHAPES = [(0, 8), (1, 1), (17,), (63, 17), (2, 3, 32), (1, 1536)]
@@ -23,7 +24,7 @@ def _problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _gradients(function: object, gate: Tensor, up: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
     gate, up = (tensor.detach().to(dtype).requires_grad_() for tensor in (gate, up))
     y = function(gate, up)  # type: ignore[operator]
-    return [y, *torch.autograd.grad(y, (gate, up), dy.to(dtype))]
+    return [y.detach(), *torch.autograd.grad(y, (gate, up), dy.to(dtype))]
 
 
 def _plain(gate: Tensor, up: Tensor) -> Tensor:
@@ -104,3 +105,16 @@ def test_refuses_what_does_not_fit() -> None:
     for up in (torch.ones(3, 6), torch.ones(3, 7, dtype=torch.bfloat16), torch.ones(7)):
         with pytest.raises(ValueError, match=r"swiglu: gate \(3, 7\) torch.float32 and up .* differ"):
             swiglu(torch.ones(3, 7), up)
+
+
+@needs_extension
+def test_the_kernels_check_what_they_read() -> None:
+    """Past the public function's checks: an error, never memory that is not theirs."""
+    x = torch.ones(3, 7)
+    with use_implementation("cpp"):
+        for wrong in (x[:2], x.bfloat16()):
+            with pytest.raises(RuntimeError, match="swiglu: "):
+                swiglu_op(x, wrong)
+            for arguments in ((wrong, x, x), (x, x, wrong)):
+                with pytest.raises(RuntimeError, match="swiglu: "):
+                    swiglu_backward_op(*arguments)
