@@ -20,8 +20,9 @@ from fastlora.ops.packed_attention import packed_attention
 
 ATTENTION = "fastlora"
 
-PREPARED_MASK = torch.zeros(1, 1, 1, 1)
-"""transformers passes a 4-d mask through unchanged: this one says "build none", and is never read."""
+PREPARED_MASK = torch.full((1, 1, 1, 1), torch.nan)
+"""transformers passes a 4-d mask through unchanged: this one says "build none", and is never read. NaN: where a model's layers keep the
+arguments of a packed call from attention, it is, and tokens would silently see each other."""
 
 
 def _attention(

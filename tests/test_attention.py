@@ -1,4 +1,4 @@
-"""attention: SDPA as transformers runs it without cu_seqlens; with them, each sequence causally to itself alone."""
+"""attention: SDPA as transformers runs it without cu_seqlens; with them, each segment causally to itself and to what it continues."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ from tests.tolerances import FP64_EXACT
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 LENGTHS = (1, 7, 7, 2, 13, 7, 1, 1, 1)
 """Alone and in runs of equal neighbours, which attend as one batch."""
+ROOTS = {"lone": tuple(range(len(LENGTHS))), "families": (0, 1, 1, 1, 4, 4, 6, 6, 6)}
+"""Segment that each continues: itself, or a prompt before it."""
 CU_SEQLENS = tuple(sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1))
 
 
-def _by_hand(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """[T, H, e] by one softmax per token and head: token i of a sequence sees tokens max(0, i − window + 1) to i of it."""
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, roots: tuple[int, ...], scaling: float, window: int | None) -> Tensor:
+    """[T, H, e] by one softmax per token and head, over the last `window` tokens of its root, if another, and of its segment up to itself."""
     output = torch.empty(sum(LENGTHS), HEADS, WIDTH, dtype=query.dtype)
-    for start, end in itertools.pairwise(CU_SEQLENS):
+    spans = list(itertools.pairwise(CU_SEQLENS))
+    for segment, (start, end) in enumerate(spans):
+        before = [] if roots[segment] == segment else list(range(*spans[roots[segment]]))
         for i in range(start, end):
-            first = start if window is None else max(start, i - window + 1)
+            seen = [*before, *range(start, i + 1)][-(window or sum(LENGTHS)) :]
             for head in range(HEADS):
                 kv = head // (HEADS // KV_HEADS)
-                weights = torch.softmax(scaling * (key[0, kv, first : i + 1] @ query[0, head, i]), 0)
-                output[i, head] = weights @ value[0, kv, first : i + 1]
+                weights = torch.softmax(scaling * (key[0, kv, seen] @ query[0, head, i]), 0)
+                output[i, head] = weights @ value[0, kv, seen]
     return output
 
 
+@pytest.mark.parametrize("roots", ROOTS)
 @pytest.mark.parametrize("scaling", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 13, 14])
-def test_packed_attention(window: int | None, scaling: float | None) -> None:
+def test_packed_attention(window: int | None, scaling: float | None, roots: str) -> None:
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), WIDTH, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    module = torch.nn.Module()
-    got, weights = _attention(module, query, key, value, None, cu_seqlens=CU_SEQLENS, scaling=scaling, sliding_window=window)
-    expected = _by_hand(query, key, value, 1 / math.sqrt(WIDTH) if scaling is None else scaling, window)
+    layout = {"cu_seqlens": CU_SEQLENS, "roots": ROOTS[roots]}
+    got, weights = _attention(torch.nn.Module(), query, key, value, None, **layout, scaling=scaling, sliding_window=window)
+    expected = _by_hand(query, key, value, ROOTS[roots], 1 / math.sqrt(WIDTH) if scaling is None else scaling, window)
     assert weights is None and got.shape == (1, sum(LENGTHS), HEADS, WIDTH)
     assert float((got[0] - expected).abs().max()) < FP64_EXACT
 
@@ -63,7 +68,7 @@ def test_the_prepared_mask_is_never_read() -> None:
     """NaN in it changes nothing; it only keeps transformers from building a mask of T × T."""
     model = make_tiny_model("mistral", sliding_window=3)
     model.set_attn_implementation(ATTENTION)
-    ids, arguments = torch.arange(3, 13)[None], {"cu_seqlens": (0, 4, 10), "use_cache": False}
+    ids, arguments = torch.arange(3, 13)[None], {"cu_seqlens": (0, 4, 10), "roots": (0, 1), "use_cache": False}
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     with torch.no_grad():
         plain, poisoned = (

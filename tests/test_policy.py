@@ -15,7 +15,7 @@ from fastlora.attention import ATTENTION
 from fastlora.ops.registry import use_implementation
 from fastlora.policy import score, score_packed, score_padded
 from fastlora.types import TrainBatch
-from tests.batches import RAGGED, make_batch
+from tests.batches import GROUPS, RAGGED, make_batch, make_group_batch
 from tests.exact import make_exact_model, score_one_by_one
 from tests.lora.adapters import attach_uneven
 from tests.tiny import EOS_ID, TINY_FAMILIES, make_tiny_model
@@ -32,6 +32,8 @@ MODELS |= {
     ),
 }
 TEMPERATURE = 0.7
+BATCHES = {"lone": make_batch(), "groups": make_group_batch()}
+"""Samples with prompts of their own, and groups that share one."""
 LAYOUTS: dict[str, Callable[[PreTrainedModel, TrainBatch, float], tuple[Tensor, Tensor]]] = {"packed": score_packed, "padded": score_padded}
 
 
@@ -46,11 +48,12 @@ def _close(got: Tensor, expected: Tensor) -> bool:
     return got.shape == expected.shape and bool(((got - expected).abs() <= FP64_EXACT * expected.abs().max().clamp(min=1)).all())
 
 
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", MODELS)
-def test_log_probabilities_and_entropies(case: str, layout: str) -> None:
+def test_log_probabilities_and_entropies(case: str, layout: str, batch: TrainBatch) -> None:
     """Ragged prompts and completions, empty ones and single tokens among them; 0 where there is no token."""
-    model, batch = _exact(case), make_batch()
+    model = _exact(case)
     with torch.no_grad():
         expected = score_one_by_one(model, batch, TEMPERATURE)
         got = LAYOUTS[layout](model, batch, TEMPERATURE)
@@ -60,10 +63,11 @@ def test_log_probabilities_and_entropies(case: str, layout: str) -> None:
     assert got[0][batch.completion_mask_nt].all()
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "mistral, window 4"])
-def test_gradients(case: str) -> None:
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("case", MODELS)
+def test_gradients(case: str, batch: TrainBatch) -> None:
     """Of both outputs, through the whole model, in fp64; the embedding's gradient has passed through everything."""
-    model, batch = _exact(case), make_batch()
+    model = _exact(case)
     model.requires_grad_(False)
     leaf = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -78,9 +82,10 @@ def test_gradients(case: str) -> None:
     assert gradients[0].any() and all(_close(gradient, gradients[0]) for gradient in gradients[1:])
 
 
-def test_the_adapters_gradients_do_not_depend_on_the_layout() -> None:
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_the_adapters_gradients_do_not_depend_on_the_layout(batch: TrainBatch) -> None:
     """float32 buffers under an fp64 model: what the layouts add up in another order is rounded once."""
-    model, batch = _exact("llama"), make_batch()
+    model = _exact("llama")
     adapter = attach_uneven(model)
     gradients = []
     for run in LAYOUTS.values():
@@ -105,7 +110,7 @@ def test_score_picks_the_layout_by_implementation(implementation: str) -> None:
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_sequences_do_not_see_each_other(family: str) -> None:
-    """Other tokens and other lengths of the neighbours leave a sequence's bits alone: attention never crosses a border.
+    """Other tokens of the neighbours leave a sequence's bits alone: attention never crosses a border.
 
     The neighbours keep the number of rows, so that every GEMM has the same shape.
     """
@@ -121,6 +126,32 @@ def test_sequences_do_not_see_each_other(family: str) -> None:
             changed = score_packed(model, replace(batch, completion_ids_nt=ids, prompt_ids_np=prompts), 1.0)
             assert torch.equal(changed[0][n], logp[n]) and torch.equal(changed[1][n], entropy[n])
             assert not torch.equal(changed[0], logp)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_completions_of_a_group_do_not_see_each_other(family: str) -> None:
+    """They share the prompt and nothing else."""
+    model, batch = make_tiny_model(family), make_group_batch()
+    model.set_attn_implementation(ATTENTION)
+    with torch.no_grad():
+        logp, entropy = score_packed(model, batch, 1.0)
+        for n in range(len(batch)):
+            ids = make_group_batch(seed=1).completion_ids_nt.clone()
+            ids[n] = batch.completion_ids_nt[n]
+            changed = score_packed(model, replace(batch, completion_ids_nt=ids), 1.0)
+            assert torch.equal(changed[0][n], logp[n]) and torch.equal(changed[1][n], entropy[n])
+            assert not torch.equal(changed[0], logp)
+
+
+def test_a_group_pays_for_its_prompt_once() -> None:
+    model = make_tiny_model("llama")
+    shapes: list[tuple[int, ...]] = []
+    model.set_attn_implementation(ATTENTION)
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        score_packed(model, make_group_batch(), 1.0)
+    prompts = sum(p for p, completions in GROUPS if any(completions))
+    assert shapes == [(1, prompts + sum(c - 1 for _, completions in GROUPS for c in completions if c))]
 
 
 def test_eos_gets_gradient_and_padding_does_not() -> None:

@@ -152,7 +152,8 @@ def choose(logits_nv: Tensor, params: SamplingParams, uniforms_n: Tensor) -> tup
         logp, tokens = torch.log_softmax(logits_nv.float(), dim=-1).max(-1)
         return tokens, logp
     if params.top_p == 1:
-        return sample_rows(logits_nv, uniforms_n, params.temperature)
+        tokens, logp = sample_rows(logits_nv, uniforms_n, params.temperature)
+        return tokens, logp.float()
     logp_nv, order = torch.log_softmax(logits_nv.float() / params.temperature, dim=-1).sort(dim=-1, descending=True)
     before = logp_nv.exp().cumsum(-1) - logp_nv.exp()
     logp_nv = logp_nv.masked_fill(before >= params.top_p, -torch.inf).log_softmax(-1)

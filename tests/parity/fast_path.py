@@ -1,4 +1,4 @@
-"""The fast path (packed tokens, grouped modules, chunked head) against the truth in fp64, and PEFT + TRL against the same truth.
+"""The fast path (fused layers, packed tokens with shared prompts, grouped modules, one pass over the head) against the truth in fp64, and PEFT + TRL against the same truth.
 
     logp error        sqrt(mean over completion tokens of (logp − logp64)²)
     gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector
@@ -22,10 +22,11 @@ from trl import GRPOTrainer
 
 from bench.double import in_double
 from fastlora.config import LoraConfig, LossConfig
+from fastlora.fused_layers import fuse_layers
 from fastlora.lora.packed import PackedAdapter, attach
-from fastlora.losses.policy import policy_loss
+from fastlora.losses.policy import is_token_level, policy_loss
 from fastlora.model import wrap_model
-from fastlora.policy import score
+from fastlora.policy import loss_on
 from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import TrainBatch
 from tests.parity.trl_cases import make_trainer, record
@@ -54,13 +55,14 @@ class Errors:
 
 
 def make_batch(vocabulary: int, seed: int, prompts: Sequence[int], completions: Sequence[int]) -> TrainBatch:
-    """Random tokens of these lengths, without recorded policies (see `with_recorded_policies`)."""
+    """Random tokens of these lengths, equal groups of completions for each prompt, without recorded policies (see `with_recorded_policies`)."""
     generator = torch.Generator().manual_seed(seed)
-    n, p, t = len(prompts), max(prompts), max(completions)
+    n, p, t = len(completions), max(prompts), max(completions)
+    group = n // len(prompts)
     completion_mask = torch.arange(t) < torch.tensor(completions)[:, None]
     return TrainBatch(
-        prompt_ids_np=torch.randint(3, vocabulary, (n, p), generator=generator),
-        prompt_mask_np=torch.arange(p) >= p - torch.tensor(prompts)[:, None],
+        prompt_ids_np=torch.randint(3, vocabulary, (len(prompts), p), generator=generator).repeat_interleave(group, 0),
+        prompt_mask_np=torch.arange(p) >= p - torch.tensor(prompts).repeat_interleave(group)[:, None],
         completion_ids_nt=torch.randint(3, vocabulary, (n, t), generator=generator).masked_fill(~completion_mask, EOS_ID),
         completion_mask_nt=completion_mask,
         loss_mask_nt=completion_mask,
@@ -138,14 +140,19 @@ def with_recorded_policies(batch: TrainBatch, logp_nt: Tensor, seed: int) -> Tra
     return replace(batch, old_logp_nt=old, ref_logp_nt=logp_nt.float() - log_ratio_ref_nt)
 
 
-def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch, implementation: str) -> Result:
-    """Score, loss, backward."""
+def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch) -> Result:
+    """Loss and backward pass as `PolicyObjective` calls them."""
     adapter.flat.grad.zero_()
-    logp_nt, entropy_nt = score(model, batch, 1.0, implementation)
     options = {"accumulation_steps": 1, "steps_per_generation": 1, "max_completion_length": 1, "entropy_coef": 0.0}
-    loss, _ = policy_loss(logp_nt, entropy_nt, batch, LOSS, **options)
+    scored: list[Tensor] = []
+
+    def loss_of(logp_nt: Tensor, entropy_nt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scored.append(logp_nt.detach())
+        return policy_loss(logp_nt, entropy_nt, batch, LOSS, **options)
+
+    loss, _ = loss_on(model, batch, 1.0, "auto", loss_of, token_level=is_token_level(LOSS, 0.0))
     loss.backward()
-    return _result(logp_nt.detach(), batch, packed_tensors(adapter, adapter.flat.grad))
+    return _result(scored[-1], batch, packed_tensors(adapter, adapter.flat.grad))  # the last call sees every token
 
 
 def _result(logp_nt: Tensor, batch: TrainBatch, gradients: Sequence[Tensor]) -> Result:
@@ -153,12 +160,18 @@ def _result(logp_nt: Tensor, batch: TrainBatch, gradients: Sequence[Tensor]) -> 
 
 
 def attach_fast(model: PreTrainedModel, config: LoraConfig, seed: int, std: float) -> tuple[PreTrainedModel, PackedAdapter]:
-    """A copy of the model with the adapter as a fast run attaches it: in the dtype of the activations."""
+    """A copy of the model as a fast run prepares it (build.py): layers fused, then the adapter in the dtype of the activations."""
     ours = copy.deepcopy(model)
+    wrap_model(ours, make_tiny_tokenizer(), "tiny")
+    assert fuse_layers(ours).total() == fusible(ours)
     adapter = attach(ours, specs_for(ours, config), seed=seed, cast_to_input=True)
     randomize(adapter, std, seed)
-    wrap_model(ours, make_tiny_tokenizer(), "tiny")
     return ours, adapter
+
+
+def fusible(model: PreTrainedModel) -> int:
+    """Norms, MLPs and attentions of the model: all of them are of the kind that our ops compute."""
+    return sum(type(module).__name__.endswith(("RMSNorm", "MLP", "Attention")) for module in model.modules())
 
 
 def to_double(adapter: PackedAdapter) -> None:
@@ -218,7 +231,7 @@ class Contest:
         batch = replace(batch, old_logp_nt=None) if on_policy else batch
         into.truths.append(run_trl(self.truth, batch, self.adapter, torch.float64))
         into.theirs.append(run_trl(self.theirs, batch, self.adapter))
-        into.ours.append(run_ours(self.fast, self.adapter, batch, "auto"))
+        into.ours.append(run_ours(self.fast, self.adapter, batch))
 
 
 ADAPTER_STD = 0.02
@@ -232,7 +245,7 @@ def measure_tiny(dtype: torch.dtype) -> Measurement:
     config = LoraConfig(r=8, lora_alpha=16.0, rank_pattern=rank_pattern(ranks, make_tiny_model("llama", **shape)))
     measured = Measurement()
     for seed in range(8):
-        batch = make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30) * 2, completions=(24, 1, 17, 9, 40, 33) * 2)
+        batch = make_batch(VOCAB_SIZE, seed, prompts=(20, 7, 12, 3, 9, 30), completions=(24, 1, 17, 9, 40, 33) * 2)
         Contest(make_tiny_model("llama", seed=seed, dtype=dtype, **shape), config).run(measured, batch, seed, std=ADAPTER_STD)
     return measured
 
