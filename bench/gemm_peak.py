@@ -142,7 +142,11 @@ def _attention_flops(model: Model, groups: Sequence[Group]) -> float:
 
 
 def measure_rates(shapes: Sequence[Shape], dtype: torch.dtype, progress: Callable[[Shape], None]) -> dict[Shape, float]:
-    """Best FLOP/s of each shape, of torch.mm with either layout of the right operand (MKL in float32) and of oneDNN's linear."""
+    """Best FLOP/s of each shape, of torch.mm with either layout of the right operand.
+
+    In float32 that is MKL. oneDNN's float32 product runs at twice its speed on Zen 5, but with 1.5 times its error (LOG.md): the update may not
+    use it, and it is no peak for the update either.
+    """
     rates = {}
     for shape in shapes:
         progress(shape)
@@ -158,7 +162,6 @@ def _products(shape: Shape, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
     return [
         lambda: torch.mm(x_mk, w_nk.t(), out=out),
         lambda: torch.mm(x_mk, w_kn, out=out),
-        lambda: torch.ops.mkldnn._linear_pointwise(x_mk, w_nk, None, "none", [], ""),
     ]
 
 

@@ -14,7 +14,7 @@ from fastlora.allocator import keep_freed_memory
 from fastlora.config import LoraConfig, RunConfig
 from fastlora.data import load_examples
 from fastlora.flat import FlatParameters, flatten_model
-from fastlora.fused_layers import fuse_layers, fuse_linears
+from fastlora.fused_layers import fuse_layers
 from fastlora.lora.groups import AttachError, projections, shapes
 from fastlora.lora.packed import PackedAdapter, attach
 from fastlora.lora.patterns import describe, resolve
@@ -102,8 +102,6 @@ def _examples(
 def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[PackedAdapter | None, FlatParameters]:
     """What trains: a fresh (or loaded) adapter attached to the model, or all weights of the model."""
     if config.method == "full":
-        if config.trainer.implementation != "reference":
-            fuse_linears(model.module)
         return None, flatten_model(model.module)
     layers = projections(model.module)
     specs = resolve(shapes(layers), config.lora)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastlora.attention import LAYOUT, attend_packed
-from fastlora.ops.gemm import linear, product
 from fastlora.ops.packed_attention import rotate
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.swiglu import swiglu
@@ -42,31 +41,6 @@ def fuse_layers(model: PreTrainedModel) -> Counter[str]:
                 module.forward = MethodType(forward(module.forward), module)
                 fused[type(module).__name__] += 1
     return fused
-
-
-class _TrainedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b with W and b trained, on the GEMMs that `lora_linear` uses: dX = dY W, dW = dYᵀ X, db = Σ_t dY."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_nd: Tensor, bias_n: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_nd)
-        return linear(x.flatten(0, -2), weight_nd, bias_n).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight_nd = ctx.saved_tensors
-        dy_tn, x_td = dy.flatten(0, -2), x.flatten(0, -2)
-        dx = product(dy_tn, weight_nd).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = product(dy_tn.t(), x_td) if ctx.needs_input_grad[1] else None
-        return dx, dw, dy_tn.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def fuse_linears(model: PreTrainedModel) -> None:
-    """Full fine-tuning: every nn.Linear besides the head on the GEMMs of `ops.gemm`, so that it is compared with LoRA on equal terms."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head:
-            module.forward = MethodType(lambda self, x: _TrainedLinear.apply(x, self.weight, self.bias), module)
 
 
 def _is_norm(module: nn.Module) -> bool:

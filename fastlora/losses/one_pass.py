@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.gemm import product
 from fastlora.ops.linear_logprob import row_tiles
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
 from fastlora.packing import PackedTokens
@@ -61,7 +60,7 @@ class _OnePass(torch.autograd.Function):
                 loss, _ = loss_of(packed.unpack(leaf_c, pairs), packed.unpack(entropy_c, pairs))
             (dlogp_c,) = torch.autograd.grad(loss, leaf_c)
             logprob_rows_backward_(z_cv, targets_c, dlogp_c, None, log_z_c, entropy_c, temperature)
-            dh_cd[pairs] = product(z_cv, weight_vd)
+            dh_cd[pairs] = z_cv.mm(weight_vd)
             logps.append(logp_c)
             entropies.append(entropy_c)
         loss, named = loss_of(packed.unpack(torch.cat(logps)), packed.unpack(torch.cat(entropies)))

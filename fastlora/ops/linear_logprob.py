@@ -31,9 +31,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.gemm import linear, product
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
 from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
 
@@ -110,7 +110,7 @@ def row_tiles(hidden_td: Tensor, weight_vd: Tensor, bias_v: Tensor | None, tile_
     rows = max(1, tile_elements // v)
     for start in range(0, t, rows):
         tokens = slice(start, min(start + rows, t))
-        yield tokens, linear(hidden_td[tokens], weight_vd, bias_v)
+        yield tokens, F.linear(hidden_td[tokens], weight_vd, bias_v)
 
 
 @_forward.add("torch")
@@ -223,9 +223,9 @@ def _backward_by_rows(
     for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, v)):
         d_entropy, entropy = (None, entropy_t) if grad_entropy_t is None else (grad_entropy_t[tokens], entropy_t[tokens])
         logprob_rows_backward_(z_tv, targets_t[tokens], d_logp_t[tokens], d_entropy, log_z_t[tokens], entropy, temperature)
-        dh_td[tokens] = product(z_tv, weight_vd)
+        dh_td[tokens] = z_tv.mm(weight_vd)
         if need_dw:
-            dw_vd += product(z_tv.t(), hidden_td[tokens])
+            dw_vd += z_tv.t().mm(hidden_td[tokens])
         if need_db:
             db_v += z_tv.sum(dim=0, dtype=dtype)
     return dh_td, dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.gemm import add_product, linear, product, scaled_product
 from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
 
 
@@ -65,6 +64,14 @@ def _reference(
     return [*outputs, torch.cat(h, dim=-1)]
 
 
+def _add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """target += alpha · left @ right: one GEMM, or in the adapter's dtype and rounded once where that is wider than target's."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=alpha)
+    else:
+        target.add_(left @ right, alpha=alpha)
+
+
 _forward = Dispatch("lora_linear", _reference)
 
 
@@ -80,14 +87,14 @@ def _grouped(
     scales: Sequence[float],
 ) -> list[Tensor]:
     x_td = x.reshape(-1, x.shape[-1])
-    h_tr = linear(x_td.to(a_rd.dtype), a_rd)
+    h_tr = x_td.to(a_rd.dtype) @ a_rd.t()
     outputs = []
     for weight, bias, b_rn, h_m, rank, scale in zip(
         weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True
     ):
-        y_tn = linear(x_td, weight, bias)
+        y_tn = F.linear(x_td, weight, bias)
         if rank:
-            add_product(y_tn, h_m, b_rn, scale)
+            _add_product(y_tn, h_m, b_rn, scale)
         outputs.append(y_tn.view(*x.shape[:-1], weight.shape[0]))
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
@@ -203,19 +210,19 @@ def _grouped_backward(
     ):
         dy_tn = dy.reshape(-1, weight.shape[0])
         dy_a = dy_tn.to(a_rd.dtype)
-        scaled_product(dy_a, b_rn.t(), scale, dh_m)
-        scaled_product(h_m.t(), dy_a, scale, db_rn)
+        torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
+        torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
         if not need_dx:
             continue
         if dx_td is None:
-            dx_td = product(dy_tn, weight)
+            dx_td = dy_tn.mm(weight)
         else:
-            add_product(dx_td, dy_tn, weight)
+            _add_product(dx_td, dy_tn, weight)
     if dx_td is not None:
-        add_product(dx_td, dh_tr, a_rd)
+        _add_product(dx_td, dh_tr, a_rd)
     if b_mask is not None:
         db_flat.mul_(b_mask)
-    da_rd = product(dh_tr.t(), x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
+    da_rd = dh_tr.t().mm(x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
     return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
 
 
