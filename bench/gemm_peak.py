@@ -144,8 +144,8 @@ def _attention_flops(model: Model, groups: Sequence[Group]) -> float:
 def measure_rates(shapes: Sequence[Shape], dtype: torch.dtype, progress: Callable[[Shape], None]) -> dict[Shape, float]:
     """Best FLOP/s of each shape, of torch.mm with either layout of the right operand.
 
-    In float32 that is MKL. oneDNN's float32 product runs at twice its speed on Zen 5, but with 1.5 times its error (LOG.md): the update may not
-    use it, and it is no peak for the update either.
+    In float32 that is MKL. oneDNN's float32 product runs at twice its speed on Zen 5, but with 1.5 times its error (LOG.md): the update
+    may not use it, and it is no peak for the update either.
     """
     rates = {}
     for shape in shapes:

@@ -33,9 +33,12 @@ def _attention(
     if not layout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     head_dim, scaling = query.shape[-1], kwargs.get("scaling")
+    q_td, k_td, v_td = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
     out_td = attend_packed(
         module,
-        *(x[0].transpose(0, 1).flatten(1) for x in (query, key, value)),
+        q_td,
+        k_td,
+        v_td,
         layout,
         head_dim=head_dim,
         scaling=head_dim**-0.5 if scaling is None else scaling,

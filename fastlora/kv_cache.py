@@ -8,6 +8,7 @@ ends: its slot is no longer named.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class GroupCache:
         window: int | None = None,
     ) -> Tensor:
         """out [t, H e] of layer `layer`: of all prompts at the first call, of one new token a row afterwards; see the two ops."""
-        options = {"head_dim": head_dim, "scaling": scaling, "window": window}
+        options: dict[str, Any] = {"head_dim": head_dim, "scaling": scaling, "window": window}
         if layer not in self._prompt:
             self._prompt[layer] = rotate(k_td.unflatten(-1, (-1, head_dim)), cos_te, sin_te).flatten(1).contiguous(), v_td.contiguous()
             return packed_attention(q_td, k_td, v_td, self.cu_seqlens, self.roots, cos_te=cos_te, sin_te=sin_te, **options)

@@ -52,7 +52,8 @@ def pack(batch: TrainBatch) -> PackedTokens:
         raise ValueError("a sample has no prompt token: nothing predicts its first completion token")
     device, width = batch.completion_ids_nt.device, batch.completion_ids_nt.shape[1]
     lengths = batch.completion_mask_nt.sum(1).tolist()
-    ids, positions, predictors, targets, cells, cu_seqlens, roots = [], [], [], [], [], [0], []
+    ids, positions, predictors, targets, cells, cu_seqlens = [], [], [], [], [], [0]
+    roots: list[int] = []
     for samples in _families(batch):
         # Shorter completions first: neighbours of one length attend as one batch in the torch implementation.
         samples = sorted((n for n in samples if lengths[n]), key=lengths.__getitem__)

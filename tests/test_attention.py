@@ -22,7 +22,7 @@ CU_SEQLENS = tuple(sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1))
 
 
 def _by_hand(query: Tensor, key: Tensor, value: Tensor, roots: tuple[int, ...], scaling: float, window: int | None) -> Tensor:
-    """[T, H, e] by one softmax per token and head, over the last `window` tokens of its root, if another, and of its segment up to itself."""
+    """[T, H, e] by one softmax per token and head, over the last `window` tokens of its root, if another, and of its own up to itself."""
     output = torch.empty(sum(LENGTHS), HEADS, WIDTH, dtype=query.dtype)
     spans = list(itertools.pairwise(CU_SEQLENS))
     for segment, (start, end) in enumerate(spans):

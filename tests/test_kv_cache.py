@@ -117,11 +117,14 @@ def test_frozen_adapters_end_with_the_block() -> None:
     adapter = attach_uneven(model)
     with torch.no_grad():
         expected = model(ids).logits
-        with pytest.raises(KeyboardInterrupt), frozen_adapters(model):
-            inside = model(ids).logits
-            with adapter.disabled():
-                assert torch.equal(model(ids).logits, base(ids).logits)
-            raise KeyboardInterrupt
+        try:
+            with frozen_adapters(model):
+                inside = model(ids).logits
+                with adapter.disabled():
+                    assert torch.equal(model(ids).logits, base(ids).logits)
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
         assert float((inside - expected).abs().max()) < FP32_LOGPROB * float(expected.abs().max())
         assert torch.equal(model(ids).logits, expected) and all(group.frozen is None for group in adapter.groups)
         adapter.flat.data.mul_(1.5)

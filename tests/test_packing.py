@@ -65,7 +65,7 @@ def test_the_cost_of_groups() -> None:
 
 @pytest.mark.parametrize("kind", BATCHES)
 def test_each_target_is_predicted_by_the_token_before_it(kind: str) -> None:
-    """Pair c: a completion token, its cell in the rectangle, and the token before it, in the sample's own segment or at the prompt's end."""
+    """Pair c: a completion token, its cell in the rectangle, and the token before it, in its own segment or at the prompt's end."""
     batch, _ = BATCHES[kind]
     packed = pack(batch)
     assert sorted(packed.cells_c.tolist()) == batch.completion_mask_nt.flatten().nonzero().squeeze(1).tolist()

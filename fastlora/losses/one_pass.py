@@ -1,6 +1,7 @@
 """Log-probabilities, loss and the gradient of the hidden states in one pass over the head.
 
-    z_cv = h_cd W_vdᵀ        logp, entropy = rows of z        ℓ = loss(logp, entropy)        dz = rows of z with dℓ/dlogp        dh_cd = dz_cv W_vd
+    z_cv = h_cd W_vdᵀ        logp, entropy = rows of z        ℓ = loss(logp, entropy)
+    dz = rows of z with dℓ/dlogp        dh_cd = dz_cv W_vd
 
 A tile of logits is made, looked at and overwritten with its gradient before the next one is made: 4 c d v operations where a loss that
 needs every log-probability first takes 6 (the logits twice). That works when dℓ/dlogp of a token depends on nothing that other tokens'
@@ -31,8 +32,8 @@ def one_pass_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, differentiable in hidden_cd; metrics) of a token-level loss.
 
-    hidden_cd: [C, d], the hidden states of `packed.predictors_c`. weight_vd, bias_v: the frozen head. loss_of is called once for each tile, with
-    zeros for the tokens outside it, to learn the tile's dℓ/dlogp, and once with everything, for the value and the metrics.
+    hidden_cd: [C, d], the hidden states of `packed.predictors_c`. weight_vd, bias_v: the frozen head. loss_of is called once for each
+    tile, with zeros for the tokens outside it, to learn the tile's dℓ/dlogp, and once with everything, for the value and the metrics.
     """
     metrics: dict[str, Tensor] = {}
     loss = _OnePass.apply(hidden_cd, weight_vd, bias_v, packed, temperature, loss_of, metrics)

@@ -54,8 +54,8 @@ def policy_loss(
 def is_token_level(config: LossConfig, entropy_coef: float) -> bool:
     """The derivative of the loss with respect to one token's log-probability depends on no other token's.
 
-    Not so for sequence ratios, vespo's sequence weight, masks that look at a sequence's KL or at the batch's entropies, and the entropy bonus
-    (whose derivative goes through the entropy instead). `entropy_coef`: what applies to this step.
+    Not so for sequence ratios, vespo's sequence weight, masks that look at a sequence's KL or at the batch's entropies, and the entropy
+    bonus (whose derivative goes through the entropy instead). `entropy_coef`: what applies to this step.
     """
     return (
         config.importance_sampling_level == "token"

@@ -1,6 +1,7 @@
 """decode_attention: one new token per row attends to its prompt, to what its row has sampled before, and to itself.
 
-With R the rotation at the token's position (Su et al. 2021), keys in the caches rotated already, and h a query head that shares key head k(h):
+With R the rotation at the token's position (Su et al. 2021), keys in the caches rotated already, and h a query head that shares key
+head k(h):
 
     own_k[slot, c] = R k        own_v[slot, c] = v        out_h = Σ_j softmax_j(scaling · R q_h · k_jk(h)) v_jk(h)
 
@@ -122,9 +123,9 @@ def decode_attention(
 ) -> Tensor:
     """out [t, H e] of t rows, one new token each: q [t, H e], k and v [t, K e].
 
-    prompt_k_pd, prompt_v_pd: [p, K e], all prompts one after another, prompt i from cu_prompts[i] (int64 [prompts + 1]), keys rotated. prompts_t:
-    int64 [t], each row's prompt. own_k_scd, own_v_scd: [slots, capacity, K e], written at [slots_t, own_tokens]; slots_t: int64 [t], no slot
-    twice. own_tokens: tokens that every row has there already. cos_te, sin_te: [t, e] or None for no rotation.
+    prompt_k_pd, prompt_v_pd: [p, K e], all prompts one after another, prompt i from cu_prompts[i] (int64 [prompts + 1]), keys rotated.
+    prompts_t: int64 [t], each row's prompt. own_k_scd, own_v_scd: [slots, capacity, K e], written at [slots_t, own_tokens]; slots_t:
+    int64 [t], no slot twice. own_tokens: tokens that every row has there already. cos_te, sin_te: [t, e] or None for no rotation.
     """
     places = (cu_prompts, prompts_t, own_k_scd, own_v_scd, slots_t, own_tokens)
     q_td, k_td, v_td = (x.contiguous() for x in (q_td, k_td, v_td))

@@ -267,7 +267,9 @@ def packed_attention(
     """out [t, H e] of q [t, H e], k and v [t, K e], K dividing H; e = head_dim, t = cu_seqlens[-1]. Differentiable in q, k and v.
 
     cu_seqlens: ints [segments + 1] from 0; roots: ints [segments], see the head of this file. cos_te, sin_te: [t, e] in the dtype of q,
-    frozen, or None for no rotation. window: tokens that a query sees at most, itself included; None = all. Raises ValueError when shapes disagree or a family's segments are not adjacent.
+    frozen, or None for no rotation. window: tokens that a query sees at most, itself included; None = all.
+
+    Raises ValueError when shapes disagree or a family's segments are not adjacent.
     """
     t = len(q_td)
     borders = list(cu_seqlens)
@@ -322,7 +324,7 @@ def backward_cost(
 
 
 def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """No token; one; ragged families with several heads to a key; lone sequences without a rotation; a block border (48) crossed; a window."""
+    """No token; one; ragged families, several heads to a key; lone sequences without a rotation; a block border (48) crossed; a window."""
     generator = torch.Generator().manual_seed(0)
     for lengths, roots, heads, key_heads, rotated, window in (
         ((), (), 1, 1, True, 0),

@@ -2,8 +2,8 @@
 
     p_tv = softmax(z_tv / temperature)        token_t = min {v : Σ_{w ≤ v} p_tw > u_t}        logp_t = log p_t,token_t
 
-with u_t uniform in [0, 1) given by the caller. The sums run in float64 (C++: float32 within blocks of 1,024 tokens, float64 over them), so that a
-token's chance is right to some 1e-6 of itself. FLOPs: some 40 an entry (two exponentials); bytes: the logits, from cache the second
+with u_t uniform in [0, 1) given by the caller. The sums run in float64 (C++: float32 within blocks of 1,024 tokens, float64 over them), so
+that a token's chance is right to some 1e-6 of itself. FLOPs: some 40 an entry (two exponentials); bytes: the logits, from cache the second
 time.
 """
 

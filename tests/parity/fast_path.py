@@ -1,4 +1,5 @@
-"""The fast path (fused layers, packed tokens with shared prompts, grouped modules, one pass over the head) against the truth in fp64, and PEFT + TRL against the same truth.
+"""The fast path (fused layers, packed tokens with shared prompts, grouped modules, one pass over the head) against the
+truth in fp64, and PEFT + TRL against the same truth.
 
     logp error        sqrt(mean over completion tokens of (logp − logp64)²)
     gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector
@@ -55,7 +56,7 @@ class Errors:
 
 
 def make_batch(vocabulary: int, seed: int, prompts: Sequence[int], completions: Sequence[int]) -> TrainBatch:
-    """Random tokens of these lengths, equal groups of completions for each prompt, without recorded policies (see `with_recorded_policies`)."""
+    """Random tokens of these lengths, equal groups of completions for each prompt, no recorded policies (see `with_recorded_policies`)."""
     generator = torch.Generator().manual_seed(seed)
     n, p, t = len(completions), max(prompts), max(completions)
     group = n // len(prompts)

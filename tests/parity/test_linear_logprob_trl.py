@@ -1,4 +1,4 @@
-"""The reference of linear_logprob has the bits of TRL 1.16's ChunkedLogProbFunction on a CPU: logp, entropy, and the gradients of h, W and b."""
+"""The reference of linear_logprob has the bits of TRL 1.16's ChunkedLogProbFunction on a CPU: logp, entropy, all gradients."""
 
 from __future__ import annotations
 
