@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from fastlora.allocator import keep_freed_memory
+from fastlora.allocator import bound_gemm_caches, keep_freed_memory
 from fastlora.config import LoraConfig, RunConfig
 from fastlora.data import load_examples
 from fastlora.flat import FlatParameters, flatten_model
@@ -54,6 +54,7 @@ def build(config: RunConfig, console: Console) -> Parts:
     Raises ConfigError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at fault.
     """
     rates = learning_rates(config.optim, config.optimizer_steps)
+    bound_gemm_caches()
     keep_freed_memory()
     model = load_base_model(config.model)
     if config.trainer.implementation != "reference":

@@ -323,5 +323,5 @@ def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: in
     )
 
 
-def _total(parts: tuple[tuple[str, int], ...]) -> int:
+def _total(parts: Shares) -> int:
     return sum(size for _, size in parts)

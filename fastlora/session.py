@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from fastlora.allocator import bound_gemm_caches
 from fastlora.analysis.report import write_report
 from fastlora.build import Parts, build, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, has_checkpoint, hash_config, load_checkpoint
@@ -34,7 +33,6 @@ class BaseChangedError(FastloraError):
 
 def start_run(config: RunConfig, config_path: Path | None, console: Console) -> int:
     """A new run; returns the exit status. The folder is made only after everything that can be refused was."""
-    bound_gemm_caches()
     parts = build(config, console)
     folder = create_run_folder(config, config_path)
     write_environment(folder.path)
@@ -50,7 +48,6 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
         for line in checkpoint.passed_over:
             console.print(f"passed over: {line}", markup=False, soft_wrap=True)
         console.print(f"Resuming {path} after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
-    bound_gemm_caches()
     return _run(config, build(config, console), folder, console, checkpoint)
 
 
