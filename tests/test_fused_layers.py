@@ -193,7 +193,9 @@ def test_other_architectures(name: str) -> None:
 
 def test_a_model_that_keeps_the_layout_from_its_attention_is_seen() -> None:
     """StableLM's layers drop the arguments of a packed call: NaN, not tokens that see each other."""
-    shape = {key: getattr(make_tiny_config("llama"), key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    shape = {
+        key: getattr(make_tiny_config("llama"), key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
     model = AutoModelForCausalLM.from_config(StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=4)).eval()
     model.set_attn_implementation(ATTENTION)
     with torch.no_grad():

@@ -101,9 +101,7 @@ def _compare(
 @pytest.mark.parametrize("stale", [False, True], ids=["on policy", "off policy"])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("settings", TOKEN_LEVEL.values(), ids=TOKEN_LEVEL)
-def test_one_pass_is_autograd_of_the_plain_loss(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], rows: int, stale: bool
-) -> None:
+def test_one_pass_is_autograd_of_the_plain_loss(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], rows: int, stale: bool) -> None:
     """Value, metrics and gradient, whatever the tiles: of one row, of some with a rest, all in one."""
     monkeypatch.setattr(one_pass, "TILE_ELEMENTS", rows * VOCAB_SIZE + 1)
     batch, config = _with_policies(make_group_batch()), LossConfig(**settings)
@@ -178,7 +176,8 @@ def _coupled(settings: dict[str, Any]) -> bool:
 
     own = [derivative(n, 0.0) for n in (0, 1)]
     return any(
-        abs(derivative(n, 0.0, by_entropy=True)) > 1e-6 or any(abs(derivative(n, others) - own[n]) > 1e-6 for others in (-2.0, -0.15, 0.15, 2.0))
+        abs(derivative(n, 0.0, by_entropy=True)) > 1e-6
+        or any(abs(derivative(n, others) - own[n]) > 1e-6 for others in (-2.0, -0.15, 0.15, 2.0))
         for n in (0, 1)
     )
 
