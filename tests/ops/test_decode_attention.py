@@ -84,10 +84,13 @@ class Problem:
             sin_te=None if self.sin is None else self.sin[last],
             window=window,
         )
-        for cache, before, written in zip((own_k, own_v), caches_before, (rotated, self.v), strict=True):
-            new = cache[slots, self.own_tokens]
-            assert torch.equal(cache.isnan(), before.isnan().index_put((slots, torch.tensor(self.own_tokens)), torch.tensor(False)))
-            torch.testing.assert_close(new, written[last])
+        for cache, before in zip((own_k, own_v), caches_before, strict=True):
+            written = before.isnan().index_put((slots, torch.tensor(self.own_tokens)), torch.tensor(False))
+            assert torch.equal(cache.isnan(), written)
+        assert torch.equal(own_v[slots, self.own_tokens], self.v[last])
+        exact = self.to(torch.float64)
+        exact_k = rotate(exact.k.unflatten(-1, (-1, self.head_dim)), exact.cos, exact.sin).flatten(1)
+        assert_no_worse([own_k[slots, self.own_tokens]], [rotated[last]], [exact_k[last]])
         return out
 
 

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastlora.batches import policy_batch
+from fastlora.fused_layers import fuse_layers
 from fastlora.model import BaseModel, wrap_model
 from fastlora.policy import score
 from fastlora.rollout.sampler import SamplingParams
@@ -40,15 +41,18 @@ def _completions(rollout: Rollout) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids_nt, rollout.completion_mask_nt, strict=True)]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("family", [*TINY_FAMILIES, "mistral, window 6"])
-def test_greedy_is_hugging_faces_generate(family: str, adapted: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Ragged prompts, left-padded by us and alone by generate; several eos tokens."""
+def test_greedy_is_hugging_faces_generate(family: str, adapted: bool, fused: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ragged prompts, in one row by us and alone by generate of a model that we never touched but for its adapter; several eos tokens."""
     overrides = {"sliding_window": 6} if "window" in family else {}
-    model = make_tiny_model(family.split(",")[0], **overrides)
+    model, sampled = (make_tiny_model(family.split(",")[0], **overrides) for _ in range(2))
+    wrapped = _wrap(sampled, tiny_tokenizer, FREQUENT)
+    if fused:
+        fuse_layers(sampled)
     if adapted:
-        attach_uneven(model)
-    wrapped = _wrap(model, tiny_tokenizer, FREQUENT)
+        attach_uneven(model), attach_uneven(sampled)
     rollout = _sample(wrapped, temperature=0.0)
     for n, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tiny_tokenizer.encode(prompt, add_special_tokens=False)])
@@ -127,6 +131,16 @@ def test_later_prompts_change_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -
     everyone = _completions(_sample(wrapped, num_generations=2))
     assert _completions(_sample(wrapped, EXAMPLES[:2], num_generations=2)) == everyone[:4]
     assert _completions(_sample(wrapped, EXAMPLES[:1], num_generations=1)) == everyone[:1]
+
+
+def test_a_step_costs_what_is_still_running(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows given to the model: the tokens of all prompts, each once for its group, then one for every completion that goes on."""
+    rows: list[int] = []
+    tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].numel()))
+    rollout = _sample(_wrap(tiny_llama, tiny_tokenizer, FREQUENT), num_generations=4)
+    lengths = rollout.completion_mask_nt.sum(1)
+    assert rows[0] == sum(map(len, PROMPTS)) and len(set(lengths.tolist())) > 5
+    assert rows[1:] == [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]
 
 
 def test_stop_strings(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
