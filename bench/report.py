@@ -167,11 +167,13 @@ def result_rows(measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 def write_rows(measured: Measured, folder: Path) -> Path:
-    """Appends the rows to `folder`/DEVICE/train_step.jsonl; returns the file."""
+    """Appends the rows to `folder`/DEVICE/train_step.jsonl (returned) and the JSON object to train_step_summary.jsonl beside it."""
     path = folder / device_slug() / "train_step.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in result_rows(measured))
+    with path.with_name("train_step_summary.jsonl").open("a") as file:
+        file.write(json_line(measured) + "\n")
     return path
 
 

@@ -118,7 +118,7 @@ def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
         "full": (lora_beside_full, replace(lora_beside_full, method="full")),
         "fp32": (OURS_FP32,),
     }
-    step_races = {"default": (OURS, OURS_FP32, TRL_DEFAULT), "best": (OURS, trl_best)}
+    step_races = {"default": (OURS, TRL_DEFAULT), "best": (OURS, trl_best)}
     updates = {name: race(rivals, folder, threads, pairs, say) for name, rivals in update_races.items()}
     steps = {name: race([replace(r, work="step") for r in rivals], folder, threads, pairs, say) for name, rivals in step_races.items()}
     lora, full = works(rollout)
