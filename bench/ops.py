@@ -80,7 +80,7 @@ def run_benchmarks() -> list[dict[str, Any]] | None:
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
         path = Path(scratch) / "ops.json"
         paths = (str(CASES), f"--rootdir={REPOSITORY}", f"--benchmark-json={path}")
-        status = pytest.main([*paths, "-q", "-x", "-p", "no:cacheprovider", "--benchmark-columns=median", *TIMING])
+        status = pytest.main([*paths, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-columns=median", *TIMING])
         return json.loads(path.read_text())["benchmarks"] if status == pytest.ExitCode.OK else None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastlora.attention import LAYOUT, attend_packed
+from fastlora.attention import ATTENTION, LAYOUT, attend_packed
 from fastlora.ops.packed_attention import rotate
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.swiglu import swiglu
@@ -34,6 +34,7 @@ def fuse_layers(model: PreTrainedModel) -> Counter[str]:
     Call it on the plain model, before an adapter is attached. Nothing is fused where the probe disagrees, and every layer is probed: those
     of one class differ (SmolLM3 rotates three of four).
     """
+    model.set_attn_implementation(ATTENTION)
     fused: Counter[str] = Counter()
     for module in list(model.modules()):
         for fits, forward, probe in _KINDS:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastlora import policy
+from fastlora.attention import ATTENTION
 from fastlora.config import LossConfig
 from fastlora.losses import one_pass
 from fastlora.losses.one_pass import LossOf, one_pass_loss
@@ -205,6 +206,7 @@ def test_loss_on_takes_one_pass_where_it_may(monkeypatch: pytest.MonkeyPatch, to
     """Same loss and gradient of the whole model either way; the head's forward op runs only where two passes are needed."""
     monkeypatch.setattr(one_pass, "TILE_ELEMENTS", 9 * VOCAB_SIZE)
     model, batch = make_exact_model("qwen2"), _with_policies(make_group_batch())
+    model.set_attn_implementation(ATTENTION)
     adapter, loss_of = attach_uneven(model), _loss_of(batch, LossConfig(beta=0.1))
     expected, _ = loss_of(*policy.score_packed(model, batch, TEMPERATURE))
     expected_gradient = _adapted_gradient(model, adapter, expected)

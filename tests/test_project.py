@@ -83,7 +83,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what `make` reads, without a .venv."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "fastlora/packaged_model.py"):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "fastlora/packaged_model.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     return tmp_path

@@ -114,6 +114,8 @@ def test_rows() -> None:
 
 
 def test_peaks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)  # the suite may be run by xdist, under which pytest-benchmark times nothing
     monkeypatch.setattr("bench.gemm_peak.MIN_SECONDS", 0.0)
     monkeypatch.setattr("bench.ops.COPY_SECONDS", 0.001)
     said: list[str] = []
@@ -126,6 +128,8 @@ def test_peaks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Two ops, one round each: pytest-benchmark in this process, rows on the disk, the list of them last."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)  # the suite may be run by xdist, under which pytest-benchmark times nothing
     monkeypatch.setattr("bench.gemm_peak.MIN_SECONDS", 0.0)
     monkeypatch.setattr("bench.ops.COPY_SECONDS", 0.001)
     monkeypatch.setattr("bench.ops.TIMING", ("--benchmark-min-rounds=1", "--benchmark-max-time=0.0001"))
