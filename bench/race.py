@@ -136,4 +136,6 @@ def race(
                 result.seconds.append(answer["seconds"])
                 result.cpu_seconds.append(answer["cpu_seconds"])
                 result.peak_bytes = answer["peak_bytes"]
+    for result in results:
+        progress(f"{result.contender.name}: median {result.median:.2f} s, peak {result.peak_bytes / 2**30:.2f} GiB")
     return results

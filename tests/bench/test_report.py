@@ -46,7 +46,6 @@ def measured() -> Measured:
             "best": (ours, small),
             "plain": (ours, result(Contender("plain"), 12.0, 1)),
             "full": (ours, full),
-            "fp32": (result(Contender("fastlora"), 8.0, 1),),
         },
         steps={"default": (ours, result(TRL, 40.0, 1)), "best": (ours, result(SMALL, 10.0, 1))},
         errors={"bfloat16": (Errors(1.0, 3.0), Errors(2.0, 4.0)), "float32": (Errors(1.0, 1.0), Errors(1.0, 2.0))},
