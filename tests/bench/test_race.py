@@ -23,7 +23,7 @@ def test_contenders_take_turns_after_a_warm_up(tmp_path: Path) -> None:
     assert slow.cpu_seconds == [8.0] * 3
     assert 1 << 20 < slow.peak_bytes < 4 << 30
     assert slow.summary()["settings"]["library"] == "trl"
-    assert len(said) == 2 + 2 * 3
+    assert len(said) == 2 + 2 * 3 + 2  # loading, runs, medians
 
 
 def test_commands_carry_a_path(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_rows_are_appended(tmp_path: Path) -> None:
     path = write_rows(measured(), tmp_path)
     assert write_rows(measured(), tmp_path) == path
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * (9 + 4)
+    assert len(rows) == 2 * (8 + 4)
     assert all(row.keys() >= ROW for row in rows)
     assert (rows[0]["x_baseline"], rows[1]["x_baseline"]) == (5.0, 1.0)
     full = next(row for row in rows if row["implementation"].endswith("full"))
