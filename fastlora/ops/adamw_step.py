@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 ALIGNMENT = 16
 """Elements; layouts start their blocks (a group's A, a group's B, a weight of the model) at multiples of this: 64 bytes in fp32, a
@@ -195,10 +195,7 @@ def _cpp_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor
     return torch.ops.fastlora_cpu.gradient_norms(grad, table_m6, index_k)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gradient_norms", mutates_args=())
-def gradient_norms_op(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
-    """norms [segments]."""
-    return _norms(grad, table_m6, index_k)
+gradient_norms_op = _norms.torch_op()
 
 
 @gradient_norms_op.register_fake
@@ -253,24 +250,7 @@ def _cpp_step(*args: Any) -> None:
     torch.ops.fastlora_cpu.adamw_step(*args)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adamw_step", mutates_args=("param", "exp_avg", "exp_avg_sq"))
-def adamw_step_op(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    clip_coef: Tensor,
-    table_m6: Tensor,
-    index_k: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step, in place."""
-    _step(param, grad, exp_avg, exp_avg_sq, clip_coef, table_m6, index_k, step, lr, beta1, beta2, eps, weight_decay)
+adamw_step_op = _step.torch_op(mutates_args=("param", "exp_avg", "exp_avg_sq"))
 
 
 @adamw_step_op.register_fake

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops.packed_attention import rotate
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, cpp_refuses
 
 
 def _reference(
@@ -40,6 +40,7 @@ def _reference(
     scaling: float,
     window: int,
 ) -> Tensor:
+    """out like q."""
     q_the, k_the = (rotate(x.unflatten(-1, (-1, head_dim)), cos_te, sin_te) for x in (q_td, k_td))
     own_k_scd[slots_t, own_tokens], own_v_scd[slots_t, own_tokens] = k_the.flatten(1), v_td
     starts, lengths = cu_prompts[prompts_t], cu_prompts.diff()[prompts_t]
@@ -73,28 +74,7 @@ def _cpp(*args: Any) -> Tensor:
     return torch.ops.fastlora_cpu.decode_attention(*args)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode_attention", mutates_args=("own_k_scd", "own_v_scd"))
-def decode_attention_op(
-    q_td: Tensor,
-    k_td: Tensor,
-    v_td: Tensor,
-    cos_te: Tensor | None,
-    sin_te: Tensor | None,
-    prompt_k_pd: Tensor,
-    prompt_v_pd: Tensor,
-    cu_prompts: Tensor,
-    prompts_t: Tensor,
-    own_k_scd: Tensor,
-    own_v_scd: Tensor,
-    slots_t: Tensor,
-    own_tokens: int,
-    head_dim: int,
-    scaling: float,
-    window: int,
-) -> Tensor:
-    """out like q."""
-    places = (cu_prompts, prompts_t, own_k_scd, own_v_scd, slots_t, own_tokens)
-    return _attend(q_td, k_td, v_td, cos_te, sin_te, prompt_k_pd, prompt_v_pd, *places, head_dim, scaling, window)
+decode_attention_op = _attend.torch_op(mutates_args=("own_k_scd", "own_v_scd"))
 
 
 @decode_attention_op.register_fake

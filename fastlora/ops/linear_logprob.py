@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
 
 
 def _accumulation_dtype(hidden_td: Tensor) -> torch.dtype:
@@ -77,6 +77,7 @@ def _reference(
     token_chunk: int,
     vocab_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_t, entropy_t, log_z_t); entropy_t is empty [0] when not wanted."""
     t, dtype = hidden_td.shape[0], _accumulation_dtype(hidden_td)
     max_t = hidden_td.new_full((t,), -math.inf, dtype=dtype)
     sum_exp_t = hidden_td.new_zeros(t, dtype=dtype)
@@ -133,19 +134,7 @@ def _by_rows(
     return logp_t, entropy_t, log_z_t
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob", mutates_args=())
-def linear_logprob_op(
-    hidden_td: Tensor,
-    weight_vd: Tensor,
-    bias_v: Tensor | None,
-    targets_t: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    token_chunk: int,
-    vocab_chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp_t, entropy_t, log_z_t); entropy_t is empty [0] when not wanted."""
-    return _forward(hidden_td, weight_vd, bias_v, targets_t, temperature, with_entropy, token_chunk, vocab_chunk)
+linear_logprob_op = _forward.torch_op()
 
 
 @linear_logprob_op.register_fake
@@ -169,6 +158,10 @@ def _reference_backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh_td, dw_vd, db_v) in the dtype of h, empty [0] where not needed.
+
+    An incoming gradient that is None contributes nothing and costs nothing.
+    """
     dtype = _accumulation_dtype(hidden_td)
     dh_td = hidden_td.new_zeros(hidden_td.shape, dtype=dtype)
     dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
@@ -231,29 +224,7 @@ def _backward_by_rows(
     return dh_td, dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward_op(
-    grad_logp_t: Tensor | None,
-    grad_entropy_t: Tensor | None,
-    hidden_td: Tensor,
-    weight_vd: Tensor,
-    bias_v: Tensor | None,
-    targets_t: Tensor,
-    log_z_t: Tensor,
-    entropy_t: Tensor,
-    temperature: float,
-    token_chunk: int,
-    vocab_chunk: int,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh_td, dw_vd, db_v) in the dtype of h, empty [0] where not needed.
-
-    An incoming gradient that is None contributes nothing and costs nothing.
-    """
-    chunks = (token_chunk, vocab_chunk, need_dw, need_db)
-    state = (targets_t, log_z_t, entropy_t, temperature)
-    return _backward(grad_logp_t, grad_entropy_t, hidden_td, weight_vd, bias_v, *state, *chunks)
+linear_logprob_backward_op = _backward.torch_op()
 
 
 @linear_logprob_backward_op.register_fake

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, cpp_refuses
 
 
 def _scaled(z_tv: Tensor, temperature: float) -> Tensor:
@@ -35,6 +35,7 @@ def _target_column(targets_t: Tensor, v: int) -> tuple[Tensor, Tensor]:
 
 
 def _reference(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_t, entropy_t or empty [0], log_z_t)."""
     scaled_tv = _scaled(z_tv, temperature)
     log_z_t = scaled_tv.logsumexp(-1)
     log_p_tv = scaled_tv - log_z_t[:, None]
@@ -53,10 +54,7 @@ def _cpp(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool
     return torch.ops.fastlora_cpu.logprob_rows_forward(z_tv.contiguous(), targets_t.contiguous(), temperature, with_entropy)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::logprob_rows", mutates_args=())
-def logprob_rows_op(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp_t, entropy_t or empty [0], log_z_t)."""
-    return _forward(z_tv, targets_t, temperature, with_entropy)
+logprob_rows_op = _forward.torch_op()
 
 
 @logprob_rows_op.register_fake
@@ -68,6 +66,7 @@ def _(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -
 def _reference_backward(
     z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
 ) -> None:
+    """Overwrites z_tv with its gradient. dlogp_t, dentropy_t (None = 0), log_z_t, entropy_t: float32 [t]."""
     log_p_tv = _scaled(z_tv, temperature) - log_z_t[:, None]
     p_tv = log_p_tv.exp()
     column_t1, present_t1 = _target_column(targets_t, z_tv.shape[1])
@@ -96,12 +95,7 @@ def _cpp_backward(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::logprob_rows_backward", mutates_args=("z_tv",))
-def logprob_rows_backward_op(
-    z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
-) -> None:
-    """Overwrites z_tv with its gradient. dlogp_t, dentropy_t (None = 0), log_z_t, entropy_t: float32 [t]."""
-    _backward(z_tv, targets_t, dlogp_t, dentropy_t, log_z_t, entropy_t, temperature)
+logprob_rows_backward_op = _backward.torch_op(mutates_args=("z_tv",))
 
 
 @logprob_rows_backward_op.register_fake

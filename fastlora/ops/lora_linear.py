@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
 
 
 def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
@@ -51,6 +51,7 @@ def _reference(
     ranks: Sequence[int],
     scales: Sequence[float],
 ) -> list[Tensor]:
+    """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass."""
     h = [F.linear(x.to(a_rd.dtype), a) for a in a_rd.split(list(ranks))]
     outputs = []
     for weight, bias, b_rn, h_m, rank, scale in zip(
@@ -99,19 +100,7 @@ def _grouped(
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
-def lora_linear_op(
-    x: Tensor,
-    weights_nd: Sequence[Tensor],
-    biases_n: Sequence[Tensor | None],
-    a_rd: Tensor,
-    b_flat: Tensor,
-    b_mask: Tensor | None,
-    ranks: Sequence[int],
-    scales: Sequence[float],
-) -> list[Tensor]:
-    """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass."""
-    return _forward(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales)
+lora_linear_op = _forward.torch_op()
 
 
 @lora_linear_op.register_fake
@@ -226,22 +215,7 @@ def _grouped_backward(
     return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
-def lora_linear_backward_op(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    h: Tensor,
-    weights_nd: Sequence[Tensor],
-    a_rd: Tensor,
-    b_flat: Tensor,
-    b_mask: Tensor | None,
-    ranks: Sequence[int],
-    scales: Sequence[float],
-    need_dx: bool,
-    need_da: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX like x, dA like a_rd, dB like b_flat); an output that is not needed is an empty tensor."""
-    return _backward(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da)
+lora_linear_backward_op = _backward.torch_op()
 
 
 @lora_linear_backward_op.register_fake

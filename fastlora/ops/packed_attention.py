@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
 def rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tensor:
@@ -98,14 +98,15 @@ def _reference(
     q_td: Tensor,
     k_td: Tensor,
     v_td: Tensor,
-    cos_te: Any,
-    sin_te: Any,
-    cu_seqlens: Any,
-    roots: Any,
+    cos_te: Tensor | None,
+    sin_te: Tensor | None,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
     head_dim: int,
     scaling: float,
-    window: int,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
     out_td = _rotated_attention(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
     return out_td, q_td.new_empty(0, dtype=torch.promote_types(q_td.dtype, torch.float32))  # SDPA keeps its lse to itself
 
@@ -120,43 +121,23 @@ def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
     return None if head_dim % 32 == 0 else f"it needs a head width that is a multiple of 32, not {head_dim}"
 
 
+def _places(cu_seqlens: Sequence[int], roots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
 @_forward.add("cpp", _cpp_refuses_attention)
 def _cpp(
-    q_td: Tensor,
-    k_td: Tensor,
-    v_td: Tensor,
-    cos_te: Any,
-    sin_te: Any,
-    cu_seqlens: Any,
-    roots: Any,
-    head_dim: int,
-    scaling: float,
-    window: int,
+    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
     inputs = _contiguous(q_td, k_td, v_td, cos_te, sin_te)
-    return torch.ops.fastlora_cpu.packed_attention_forward(*inputs, *places, head_dim, scaling, window)
+    return torch.ops.fastlora_cpu.packed_attention_forward(*inputs, *_places(cu_seqlens, roots), *options)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
-def packed_attention_op(
-    q_td: Tensor,
-    k_td: Tensor,
-    v_td: Tensor,
-    cos_te: Tensor | None,
-    sin_te: Tensor | None,
-    cu_seqlens: Sequence[int],
-    roots: Sequence[int],
-    head_dim: int,
-    scaling: float,
-    window: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
-    return _forward(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+packed_attention_op = _forward.torch_op()
 
 
 @packed_attention_op.register_fake
@@ -168,10 +149,22 @@ def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, wi
 
 
 def _reference_backward(
-    dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
+    dout_td: Tensor,
+    q_td: Tensor,
+    k_td: Tensor,
+    v_td: Tensor,
+    cos_te: Tensor | None,
+    sin_te: Tensor | None,
+    out_td: Tensor,
+    lse: Tensor,
+    cu_seqlens: Sequence[int],
+    roots: Sequence[int],
+    head_dim: int,
+    scaling: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), with respect to the vectors before their rotation."""
     # The body of an op runs below autograd, where enable_grad alone records nothing: its dispatch key has to be let in again.
-    cu_seqlens, roots, head_dim, scaling, window = layout
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
@@ -192,44 +185,14 @@ def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
 
 
 @_backward.add("cpp", _cpp_refuses_backward)
-def _cpp_backward(
-    dout_td: Tensor,
-    q_td: Tensor,
-    k_td: Tensor,
-    v_td: Tensor,
-    cos_te: Any,
-    sin_te: Any,
-    out_td: Tensor,
-    lse: Tensor,
-    cu_seqlens: Any,
-    roots: Any,
-    head_dim: int,
-    scaling: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    places = torch.tensor(cu_seqlens), torch.tensor(roots, dtype=torch.long)
-    inputs = _contiguous(dout_td, q_td, k_td, v_td, cos_te, sin_te)
-    return torch.ops.fastlora_cpu.packed_attention_backward(*inputs, *places, out_td.contiguous(), lse, head_dim, scaling, window)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, out_td, lse = args[:8]
+    cu_seqlens, roots, *options = args[8:]
+    out_td = out_td.contiguous()
+    return torch.ops.fastlora_cpu.packed_attention_backward(*_contiguous(*inputs), *_places(cu_seqlens, roots), out_td, lse, *options)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
-def packed_attention_backward_op(
-    dout_td: Tensor,
-    q_td: Tensor,
-    k_td: Tensor,
-    v_td: Tensor,
-    cos_te: Tensor | None,
-    sin_te: Tensor | None,
-    out_td: Tensor,
-    lse: Tensor,
-    cu_seqlens: Sequence[int],
-    roots: Sequence[int],
-    head_dim: int,
-    scaling: float,
-    window: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), with respect to the vectors before their rotation."""
-    return _backward(dout_td, q_td, k_td, v_td, cos_te, sin_te, out_td, lse, cu_seqlens, roots, head_dim, scaling, window)
+packed_attention_backward_op = _backward.torch_op()
 
 
 @packed_attention_backward_op.register_fake

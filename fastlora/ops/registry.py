@@ -9,7 +9,7 @@ cannot run here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,6 @@ dispatchers: dict[str, Dispatch] = {}
 
 _forced = "auto"
 """What `use_implementation` asked for: of the process, since autograd runs the backward pass of a GPU in threads of its own."""
-
-
-def count(op: str, implementation: str) -> None:
-    """Called for every run of every op."""
-    implementation_counts[op, implementation] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +82,16 @@ class Dispatch:
 
     def __call__(self, *args: Any) -> Any:
         chosen = self.select(_device(args), *args)
-        count(self.op, chosen.name)
+        implementation_counts[self.op, chosen.name] += 1
         return chosen.run(*args)
+
+    def torch_op(self, mutates_args: Sequence[str] = ()) -> Any:
+        """The `torch.library` op of this name: its schema is the reference's signature, its body whatever is selected.
+
+        torch leaves out trailing arguments that equal their defaults: implementations of an op that has some have them too.
+        """
+        schema = torch.library.infer_schema(self.implementations["reference"].run, mutates_args=mutates_args)
+        return torch.library.custom_op(f"{NAMESPACE}::{self.op}", lambda *args: self(*args), mutates_args=mutates_args, schema=schema)
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -26,6 +26,7 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def _reference(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y like x, r [rows] in float32), r kept for the backward pass."""
     wide = x.to(_accumulation_dtype(x))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * rstd * weight_d.to(wide.dtype)).to(x.dtype), rstd.reshape(-1)
@@ -39,10 +40,7 @@ def _cpp(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.ops.fastlora_cpu.rms_norm_forward(x.contiguous(), weight_d.contiguous(), eps)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
-def rms_norm_op(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y like x, r [rows] in float32), r kept for the backward pass."""
-    return _forward(x, weight_d, eps)
+rms_norm_op = _forward.torch_op()
 
 
 @rms_norm_op.register_fake
@@ -51,6 +49,7 @@ def _(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _reference_backward(dy: Tensor, x: Tensor, weight_d: Tensor, rstd_t: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
+    """(dx like x, dw [d]; empty [0] when not needed)."""
     wide, g, rstd = x.to(rstd_t.dtype), dy.to(rstd_t.dtype), rstd_t.view(*x.shape[:-1], 1)
     gw = g * weight_d.to(rstd_t.dtype)
     dx = rstd * (gw - wide * rstd.square() * (gw * wide).mean(-1, keepdim=True))
@@ -68,10 +67,7 @@ def _cpp_backward(dy: Tensor, x: Tensor, weight_d: Tensor, rstd_t: Tensor, need_
     return dx, partial_bd.sum(0).to(weight_d.dtype) if need_dw else weight_d.new_empty(0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
-def rms_norm_backward_op(dy: Tensor, x: Tensor, weight_d: Tensor, rstd_t: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
-    """(dx like x, dw [d]; empty [0] when not needed)."""
-    return _backward(dy, x, weight_d, rstd_t, need_dw)
+rms_norm_backward_op = _backward.torch_op()
 
 
 @rms_norm_backward_op.register_fake

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, cpp_refuses
 
 
 def _reference(z_tv: Tensor, uniforms_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(tokens int64 [t], logp [t])."""
     logp_tv = torch.log_softmax(z_tv.to(torch.promote_types(z_tv.dtype, torch.float32)) / temperature, dim=-1)
     tokens_t1 = inverse_transform(logp_tv, uniforms_t)
     return tokens_t1.squeeze(1), logp_tv.gather(1, tokens_t1).squeeze(1)
@@ -43,10 +44,7 @@ def _cpp(z_tv: Tensor, uniforms_t: Tensor, temperature: float) -> tuple[Tensor, 
     return torch.ops.fastlora_cpu.sample_rows(z_tv.contiguous(), uniforms_t.contiguous(), temperature)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sample_rows", mutates_args=())
-def sample_rows_op(z_tv: Tensor, uniforms_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [t], logp [t])."""
-    return _sample(z_tv, uniforms_t, temperature)
+sample_rows_op = _sample.torch_op()
 
 
 @sample_rows_op.register_fake

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, call, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -24,6 +24,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def _reference(gate: Tensor, up: Tensor) -> Tensor:
+    """y like gate."""
     wide_gate, wide_up = _wide(gate, up)
     return (F.silu(wide_gate) * wide_up).to(gate.dtype)
 
@@ -36,10 +37,7 @@ def _cpp(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.fastlora_cpu.swiglu_forward(gate.contiguous(), up.contiguous())
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
-def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    """y like gate."""
-    return _forward(gate, up)
+swiglu_op = _forward.torch_op()
 
 
 @swiglu_op.register_fake
@@ -48,6 +46,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _reference_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d gate, d up)."""
     d, g, u = _wide(dy, gate, up)
     s = torch.sigmoid(g)
     return (d * u * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(gate.dtype)
@@ -61,10 +60,7 @@ def _cpp_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return torch.ops.fastlora_cpu.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
-def swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(d gate, d up)."""
-    return _backward(dy, gate, up)
+swiglu_backward_op = _backward.torch_op()
 
 
 @swiglu_backward_op.register_fake
