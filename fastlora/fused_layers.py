@@ -121,23 +121,13 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
-        self.options: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
 
     def attend(
-        self,
-        layer: int,
-        q_td: Tensor,
-        k_td: Tensor,
-        v_td: Tensor,
-        *,
-        head_dim: int,
-        scaling: float,
-        cos_te: Tensor | None = None,
-        sin_te: Tensor | None = None,
-        window: int | None = None,
+        self, layer: int, q_td: Tensor, k_td: Tensor, v_td: Tensor, *, cos_te: Any = None, sin_te: Any = None, **options: Any
     ) -> Tensor:
-        q_td, k_td = (rotate(x.unflatten(-1, (-1, head_dim)), cos_te, sin_te).flatten(1) for x in (q_td, k_td))
-        self.tensors, self.options = (q_td, k_td, v_td), (head_dim, scaling, window)
+        q_td, k_td = (rotate(x.unflatten(-1, (-1, options["head_dim"])), cos_te, sin_te).flatten(1) for x in (q_td, k_td))
+        self.tensors, self.options = (q_td, k_td, v_td), options
         return q_td
 
 

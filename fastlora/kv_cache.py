@@ -32,47 +32,33 @@ class GroupCache:
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
         self.slots_t = torch.arange(len(self._prompts_s), device=device)
-        """int64 [t], the slots whose tokens the next call feeds."""
         self.own_tokens = 0
         """Tokens that every running completion has fed."""
 
     @property
+    def slots_t(self) -> Tensor:
+        """int64 [t], the slots whose tokens the next call feeds."""
+        return self._slots_t
+
+    @slots_t.setter
+    def slots_t(self, slots_t: Tensor) -> None:
+        self._slots_t, self._prompts_t = slots_t, self._prompts_s[slots_t]  # once for all layers and tokens
+
+    @property
     def position_ids_t(self) -> Tensor:
         """int64 [t], position of the token that each row feeds next."""
-        return self._cu_prompts.diff()[self._prompts_s[self.slots_t]] + self.own_tokens
+        return self._cu_prompts.diff()[self._prompts_t] + self.own_tokens
 
     def attend(
-        self,
-        layer: int,
-        q_td: Tensor,
-        k_td: Tensor,
-        v_td: Tensor,
-        *,
-        head_dim: int,
-        scaling: float,
-        cos_te: Tensor | None = None,
-        sin_te: Tensor | None = None,
-        window: int | None = None,
+        self, layer: int, q_td: Tensor, k_td: Tensor, v_td: Tensor, *, head_dim: int, cos_te: Any = None, sin_te: Any = None, **options: Any
     ) -> Tensor:
-        """out [t, H e] of layer `layer`: of all prompts at the first call, of one new token a row afterwards; see the two ops."""
-        options: dict[str, Any] = {"head_dim": head_dim, "scaling": scaling, "window": window}
+        """out [t, H e] of layer `layer`: of all prompts at the first call, of one new token a row afterwards; options: see the two ops."""
+        options |= {"head_dim": head_dim, "cos_te": cos_te, "sin_te": sin_te}
         if layer not in self._prompt:
             self._prompt[layer] = rotate(k_td.unflatten(-1, (-1, head_dim)), cos_te, sin_te).flatten(1).contiguous(), v_td.contiguous()
-            return packed_attention(q_td, k_td, v_td, self.cu_seqlens, self.roots, cos_te=cos_te, sin_te=sin_te, **options)
+            return packed_attention(q_td, k_td, v_td, self.cu_seqlens, self.roots, **options)
         if layer not in self._own:
             shape = (len(self._prompts_s), self._capacity, k_td.shape[1])
             self._own[layer] = k_td.new_empty(shape), v_td.new_empty(shape)
-        return decode_attention(
-            q_td,
-            k_td,
-            v_td,
-            *self._prompt[layer],
-            self._cu_prompts,
-            self._prompts_s[self.slots_t],
-            *self._own[layer],
-            self.slots_t,
-            self.own_tokens,
-            cos_te=cos_te,
-            sin_te=sin_te,
-            **options,
-        )
+        prompts = (*self._prompt[layer], self._cu_prompts, self._prompts_t)
+        return decode_attention(q_td, k_td, v_td, *prompts, *self._own[layer], self.slots_t, self.own_tokens, **options)

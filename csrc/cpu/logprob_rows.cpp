@@ -15,14 +15,6 @@ struct LogprobRows {
 
 namespace fastlora::VARIANT {
 
-INLINE float value(const float* z, int64_t i) { return z[i]; }
-INLINE float value(const bf16* z, int64_t i) {
-  const uint32_t bits = (uint32_t)z[i].bits << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 template <class T>
 void forward(const void* z_, const int64_t* targets, float* logp, float* entropy, float* log_z, int64_t rows, int64_t v, float inverse_temperature) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -42,7 +34,7 @@ void forward(const void* z_, const int64_t* targets, float* logp, float* entropy
       }
       total += sum(exps), weighted += sum(products);
     }
-    const double log_total = std::log(total), target = (value(z, targets[i]) - (double)highest) * inverse_temperature;
+    const double log_total = std::log(total), target = ((double)load_first(z + targets[i], 1)[0] - highest) * inverse_temperature;
     logp[i] = (float)(target - log_total);
     log_z[i] = (float)(highest * (double)inverse_temperature + log_total);
     if (entropy) entropy[i] = (float)(log_total - weighted / total);
@@ -56,7 +48,7 @@ void backward(void* z_, const int64_t* targets, const float* dlogp, const float*
     T* z = (T*)z_ + i * v;
     const float a = dlogp[i] * inverse_temperature, b = dentropy ? dentropy[i] * inverse_temperature : 0.0f;
     const float shift = log_z[i], h = dentropy ? entropy[i] : 0.0f;
-    const float log_p_target = value(z, targets[i]) * inverse_temperature - shift;
+    const float log_p_target = load_first(z + targets[i], 1)[0] * inverse_temperature - shift;
     for (int64_t j = 0; j < v; j += kLanes) {
       const floatv log_p = load_upto(z + j, v - j) * inverse_temperature - shift, p = exp(log_p);
       const floatv slope = dentropy ? a + b * (log_p + h) : broadcast(a);
