@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from trl import GRPOTrainer
 
-from bench.double import in_double
+from bench.double import Computed, Errors, errors, in_double
 from bench.fastlora_side import gradients
 from bench.peft_model import load_peft_model, peft_gradients, peft_parameters
 from bench.plain_loop import Batch, dapo_loss, make_batch, token_logp
@@ -48,24 +48,6 @@ the gradient jumps: one token that bf16's error of 0.05 moves across it would we
 Gradients = dict[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What one side computes of one seed."""
-
-    logp: Tensor
-    """float64 [completion tokens]."""
-    gradient: Tensor
-    """float64 [entries of all A and B]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """Against fp64."""
-
-    logp: float
-    gradient: float
-
-
 def measure_errors(dtype: DType, progress: Callable[[str], None]) -> tuple[Errors, Errors]:
     """(ours, TRL + PEFT's) on SmolLM2 in `dtype`, over as many seeds as PROBLEMS."""
     sides: tuple[list[Computed], list[Computed], list[Computed]] = ([], [], [])
@@ -78,15 +60,6 @@ def measure_errors(dtype: DType, progress: Callable[[str], None]) -> tuple[Error
         contest.parts.rewards.close()
     ours, theirs, truth = sides
     return errors(ours, truth), errors(theirs, truth)
-
-
-def errors(computed: list[Computed], truth: list[Computed]) -> Errors:
-    """All seeds together."""
-    pairs = list(zip(computed, truth, strict=True))
-    logp = torch.cat([got.logp - exact.logp for got, exact in pairs])
-    gradient = torch.cat([got.gradient - exact.gradient for got, exact in pairs])
-    norm = torch.cat([exact.gradient for exact in truth]).norm()
-    return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / norm))
 
 
 class Contest:

@@ -1,11 +1,14 @@
-"""A model in fp64 throughout: the truth that errors are measured against."""
+"""A model in fp64 throughout: the truth that errors are measured against; and the errors."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,3 +30,30 @@ def rotary_in_double(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tens
     """(cos, sin) [n, t, head_dim] of the rotary position embedding (Su et al. 2021, eq. 34)."""
     angles = (position_ids[..., None].double() * rotary.inv_freq.double()).repeat(1, 1, 2)
     return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What one side computes of one seed."""
+
+    logp: Tensor
+    """float64 [completion tokens]."""
+    gradient: Tensor
+    """float64 [entries of all A and B]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Against fp64."""
+
+    logp: float
+    gradient: float
+
+
+def errors(computed: Sequence[Computed], truth: Sequence[Computed]) -> Errors:
+    """RMS of the log-probabilities' error and relative L2 error of the gradients, all seeds together."""
+    pairs = list(zip(computed, truth, strict=True))
+    logp = torch.cat([got.logp - exact.logp for got, exact in pairs])
+    gradient = torch.cat([got.gradient - exact.gradient for got, exact in pairs])
+    norm = torch.cat([exact.gradient for exact in truth]).norm()
+    return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / norm))

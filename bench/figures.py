@@ -37,13 +37,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the result rows")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "bench", help="folder of the page and its figures")
+    parser.add_argument("--readme", action="store_true", help="print README's table instead: the targets on the device measured last")
     options = parser.parse_args(argv)
     devices = sorted(path for path in options.results.glob("*") if path.is_dir())
     if not devices:
         parser.error(f"no rows in {options.results}: run make bench first")
+    if options.readme:
+        print(readme_part(devices), end="")
+        return 0
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / PAGE).write_text("\n".join([INTRODUCTION, *(device_section(folder, options.docs) for folder in devices)]))
     return 0
+
+
+def readme_part(devices: Sequence[Path]) -> str:
+    """The newest summary's targets, and where they were measured."""
+    last = [row for folder in devices for row in read_rows(folder / "train_step_summary.jsonl")][-1]
+    runs = last["contenders"][0]["runs"]
+    return f"{targets_part([last], '', Path())}\n{last['device']}, {last['threads']} threads, medians of {runs} interleaved runs.\n"
 
 
 def device_section(folder: Path, docs: Path) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 
+from bench.command_line import parser
 from bench.gemm_peak import Shape, Work, measure_rates, peak_rate
 from bench.race import REPOSITORY
 from bench.report import commit, device_name, device_slug
@@ -65,14 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print the list of rows last")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch (default: all cores)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the result rows")
-    options = parser.parse_args(argv)
-    if options.threads < 1:
-        parser.error("--threads is at least 1")
-    return options
+    return parser("bench.ops", __doc__).parse_args(argv)
 
 
 def run_benchmarks() -> list[dict[str, Any]] | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -29,11 +28,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from bench.command_line import parser, positive
 from bench.contender import Contender
 from bench.gemm_peak import Model, lora_work
 from bench.op_cases import adapter_segments, packaged_model
 from bench.ops import table_console
-from bench.race import REPOSITORY, WorkerError, race
+from bench.race import WorkerError, race
 from bench.record import write_problems, write_workload
 from bench.report import commit, device_name, device_slug
 from bench.rows import Row, append_rows, timing
@@ -110,15 +110,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print the list of rows last")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed updates of each shape (default 3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch (default: all cores)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the result rows")
-    options = parser.parse_args(argv)
-    if options.runs < 1 or options.threads < 1:
-        parser.error("--runs and --threads are at least 1")
-    return options
+    command = parser("bench.scaling", __doc__)
+    command.add_argument("--runs", type=positive, default=3, metavar="N", help="timed updates of each shape (default 3)")
+    return command.parse_args(argv)
 
 
 def measure(folder: Path, model: Model, machine: Machine, runs: int, say: Say) -> list[Row]:

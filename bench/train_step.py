@@ -14,7 +14,6 @@ written to OUT/DEVICE/train_step.jsonl.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +27,11 @@ from rich.status import Status
 from transformers import AutoConfig
 
 from bench.accuracy import measure_errors
+from bench.command_line import parser, positive
 from bench.contender import Contender
 from bench.gate import GateError, check_gradients
 from bench.gemm_peak import Group, Model, Work, full_work, lora_work, measure_rates, peak_rate
-from bench.race import REPOSITORY, Result, WorkerError, race
+from bench.race import Result, WorkerError, race
 from bench.record import write_workload
 from bench.report import Measured, json_line, print_tables, write_rows
 from bench.workload import MODEL, RANK, DType
@@ -79,15 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every contender (default: all cores)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the result rows")
-    options = parser.parse_args(argv)
-    if options.pairs < 1 or options.threads < 1:
-        parser.error("--pairs and --threads are at least 1")
-    return options
+    command = parser("bench.train_step", __doc__)
+    command.add_argument("--pairs", type=positive, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
+    return command.parse_args(argv)
 
 
 def speaker(console: Console, status: Status) -> Say:

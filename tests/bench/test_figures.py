@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.figures import main
+from bench.race import REPOSITORY
 from bench.report import TARGETS
 from bench.rows import append_rows, current, read_rows, timing
 from tests.bench.synthetic_rows import ops_rows, write_all
@@ -78,3 +79,9 @@ def test_timing() -> None:
     found = timing([4.0, 1.0, 2.0, 3.0, 5.0], flops=6e9, nbytes=3e9)
     assert found == pytest.approx({"median": 3.0, "p20": 1.8, "p80": 4.2, "gflop_per_s": 2.0, "gb_per_s": 1.0})
     assert timing([1.0])["gflop_per_s"] is None
+
+
+def test_readme_has_the_targets_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--readme"]) == 0
+    begin, end = "<!-- bench: python -m bench.figures --readme -->\n\n", "\n<!-- bench end -->"
+    assert (REPOSITORY / "README.md").read_text().split(begin)[1].split(end)[0] == capsys.readouterr().out

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
-from bench.double import in_double
+from bench.double import Computed, Errors, errors, in_double
 from fastlora.config import LoraConfig, LossConfig
 from fastlora.fused_layers import fuse_layers
 from fastlora.lora.packed import PackedAdapter, attach
@@ -35,24 +35,6 @@ from tests.parity.twins import copy_to_peft, packed_tensors, peft_tensors, rando
 from tests.tiny import EOS_ID, VOCAB_SIZE, make_tiny_model, make_tiny_tokenizer
 
 LOSS = LossConfig(loss_type="dapo", beta=0.05)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a policy update computes from a batch."""
-
-    logp: Tensor
-    """[completion tokens of the batch]."""
-    gradient: Tensor
-    """[entries of all A and B]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """Against fp64."""
-
-    logp: float
-    gradient: float
 
 
 def make_batch(vocabulary: int, seed: int, prompts: Sequence[int], completions: Sequence[int]) -> TrainBatch:
@@ -120,7 +102,7 @@ def trl_logp(trainer: GRPOTrainer, batch: TrainBatch) -> Tensor:
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch.completion_ids_nt.shape[1])[0]
 
 
-def run_trl(trainer: GRPOTrainer, batch: TrainBatch, adapter: PackedAdapter, dtype: torch.dtype = torch.float32) -> Result:
+def run_trl(trainer: GRPOTrainer, batch: TrainBatch, adapter: PackedAdapter, dtype: torch.dtype = torch.float32) -> Computed:
     """TRL's own loss and backward pass."""
     trainer.model.zero_grad()
     trainer._compute_loss(trainer.model, trl_inputs(batch, dtype)).backward()
@@ -141,7 +123,7 @@ def with_recorded_policies(batch: TrainBatch, logp_nt: Tensor, seed: int) -> Tra
     return replace(batch, old_logp_nt=old, ref_logp_nt=logp_nt.float() - log_ratio_ref_nt)
 
 
-def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch) -> Result:
+def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch) -> Computed:
     """Loss and backward pass as `PolicyObjective` calls them."""
     adapter.flat.grad.zero_()
     options = {"accumulation_steps": 1, "steps_per_generation": 1, "max_completion_length": 1, "entropy_coef": 0.0}
@@ -156,8 +138,8 @@ def run_ours(model: PreTrainedModel, adapter: PackedAdapter, batch: TrainBatch) 
     return _result(scored[-1], batch, packed_tensors(adapter, adapter.flat.grad))  # the last call sees every token
 
 
-def _result(logp_nt: Tensor, batch: TrainBatch, gradients: Sequence[Tensor]) -> Result:
-    return Result(logp_nt[batch.completion_mask_nt].double(), torch.cat([g.reshape(-1) for g in gradients]).double())
+def _result(logp_nt: Tensor, batch: TrainBatch, gradients: Sequence[Tensor]) -> Computed:
+    return Computed(logp_nt[batch.completion_mask_nt].double(), torch.cat([g.reshape(-1) for g in gradients]).double())
 
 
 def attach_fast(model: PreTrainedModel, config: LoraConfig, seed: int, std: float) -> tuple[PreTrainedModel, PackedAdapter]:
@@ -185,22 +167,13 @@ def to_double(adapter: PackedAdapter) -> None:
             setattr(group, name, flat.parameter(old.storage_offset(), *old.shape))
 
 
-def errors(results: Sequence[Result], truths: Sequence[Result]) -> Errors:
-    """RMS of the log-probabilities' error and relative L2 error of the gradients, all seeds together."""
-    pairs = list(zip(results, truths, strict=True))
-    logp = torch.cat([result.logp - truth.logp for result, truth in pairs])
-    gradient = torch.cat([result.gradient - truth.gradient for result, truth in pairs])
-    truth_gradient = torch.cat([truth.gradient for truth in truths])
-    return Errors(float(logp.square().mean().sqrt()), float(gradient.norm() / truth_gradient.norm()))
-
-
 @dataclass(slots=True)
 class Measurement:
     """One result per seed."""
 
-    ours: list[Result] = field(default_factory=list)
-    theirs: list[Result] = field(default_factory=list)
-    truths: list[Result] = field(default_factory=list)
+    ours: list[Computed] = field(default_factory=list)
+    theirs: list[Computed] = field(default_factory=list)
+    truths: list[Computed] = field(default_factory=list)
 
     def pooled(self) -> tuple[Errors, Errors]:
         """(ours, PEFT + TRL's) over all seeds."""
