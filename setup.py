@@ -58,18 +58,16 @@ class BuildExtension(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         headers = torch_headers()
-        missing = "torch's headers (torch >= 2.11)" if headers is None else f"the compiler {CXX}" if not shutil.which(CXX) else None
-        if headers is None or missing:
-            message = f"fastlora: {missing} not found"
+        if headers is None or not shutil.which(CXX):
+            message = f"fastlora: {f'the compiler {CXX}' if headers else 'torch headers (torch >= 2.11)'} not found"
             if os.environ.get("FASTLORA_REQUIRE_EXTENSION") == "1":
                 raise SystemExit(message)
             print(f"{message}; installing without the C++ ops (see python -m fastlora.doctor)", file=sys.stderr)
             return
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = self._compile(extension.sources, headers)
-        libraries = [f"-L{headers.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        subprocess.check_call([CXX, "-shared", "-s", *objects, "-o", str(target), *libraries, "-Wl,--exclude-libs,ALL"])
+        link = [CXX, "-shared", "-s", *self._compile(extension.sources, headers), "-o", str(target), f"-L{headers.parent / 'lib'}"]
+        subprocess.check_call([*link, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--exclude-libs,ALL"])
 
     def _compile(self, sources: list[str], headers: Path) -> list[str]:
         """Object files of all sources: the kernels of each once per instruction set, its bindings once (csrc/cpu/variant.h)."""
