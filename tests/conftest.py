@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.tiny import TINY_FAMILIES, make_tiny_model, make_tiny_tokenizer
 
-torch.set_num_threads(1)  # two test processes share two cores; and one thread sums in one order, so bits repeat
+torch.set_num_threads(1)  # two test processes share two cores; and one thread sums in one order, so bits repeat (module fixtures too)
 
 # A busy machine must not fail a test by the clock, and the same commit must give the same verdict twice.
 hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True, database=None)
@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Every test starts from the same global RNG and leaves torch's global switches as it found them."""
+    """Every test starts from the same global RNG and one thread, and leaves torch's global switches as it found them."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # here too: a benchmark's `main`, run in this process, sets its own number
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_default_dtype(dtype)

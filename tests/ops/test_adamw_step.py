@@ -25,6 +25,7 @@ from fastlora.ops.adamw_step import (
 )
 from fastlora.ops.registry import ImplementationError, implementation_counts, use_implementation
 from tests.flat import HandmadeFlat, make_flat
+from tests.ops.implementations import threads
 from tests.tolerances import FP32_ADAMW, FP32_ONE_ROUNDING, FP64_EXACT, PARAMETER_ROUNDED_ONCE, WITHOUT_FMA
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -154,12 +155,9 @@ def test_norms_do_not_depend_on_the_number_of_threads(implementation: str) -> No
     flat = flat_of_density(None)
     grad, table_m6 = torch.randn_like(flat.data), segment_table(flat.segments, None)
     norms = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        try:
+    for number in (1, 2, 3):
+        with threads(number):
             norms.append(gradient_norms(grad, table_m6, None))
-        finally:
-            torch.set_num_threads(1)
     assert all(torch.equal(n, norms[0]) for n in norms)
 
 

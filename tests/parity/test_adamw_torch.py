@@ -5,9 +5,6 @@ These are the two calls that TRL's trainer makes (accelerate's clip_grad_norm_ c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from fastlora.config import OptimConfig
 from fastlora.ops.registry import use_implementation
 from fastlora.optim import AdamW, StepResult
 from tests.flat import ODD_MODULES, HandmadeFlat, make_flat, peft_shapes
+from tests.ops.implementations import threads
 
 LARGE_MODULES = ((17, 4099, 2053), (3, 33333, 1), (5, 7, 50021))
 """More than 32,768 elements a tensor: torch splits norms and updates between threads."""
@@ -23,16 +21,6 @@ LARGE_MODULES = ((17, 4099, 2053), (3, 33333, 1), (5, 7, 50021))
 LEARNING_RATES = (1e-4, 1e-2, 3e-3, 0.0, 1e-3, 1e-3, 3e-4, 1e-2, 1e-5, 1e-3)
 GRADIENT_SCALES = (1e-6, 10.0, 1e-3, 1.0, 1e-2, 0.0, 100.0, 1e-4, 1.0, 1e-3)
 """Some steps are clipped, some are not, one gradient is zero."""
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def gradients(flat: HandmadeFlat) -> list[list[Tensor]]:
