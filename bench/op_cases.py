@@ -125,12 +125,12 @@ def _lora_cases(update: Update) -> Iterator[Case]:
             x, a_rd, b_flat = normal(t, d), normal(total, d) / d**0.5, normal(r * sum(outs)) / r**0.5
             weights = [(normal(n, d) / d**0.5).to(dtype) for n in outs]
             scales = [ALPHA / r] * len(outs)
-            return x.to(dtype), weights, [None] * len(outs), a_rd.to(dtype), b_flat.to(dtype), None, [r] * len(outs), scales
+            return x.to(dtype), weights, [None] * len(outs), a_rd.to(dtype), b_flat.to(dtype), None, [r] * len(outs), scales, []
 
         def backward(dtype: torch.dtype, forward: Callable[..., Any] = forward) -> tuple[Any, ...]:
-            x, weights, _, a_rd, b_flat, mask, ranks, scales = arguments = forward(dtype)
+            x, weights, _, a_rd, b_flat, mask, ranks, scales, absmaxes = arguments = forward(dtype)
             *ys, h = dispatchers["lora_linear"](*arguments)
-            return [y.cos() for y in ys], x, h, weights, a_rd, b_flat, mask, ranks, scales, True, True
+            return [y.cos() for y in ys], x, h, weights, a_rd, b_flat, mask, ranks, scales, True, True, absmaxes
 
         words = f"{name}: [{t}, {d}] → {' + '.join(map(str, outs))}, r {r} each"
         products = Counter([(t, d, n) for n in outs] + [(t, r, n) for n in outs] + [(t, d, total)])

@@ -47,6 +47,8 @@ class ModelConfig(Section):
     """Hub revision (branch, tag or commit); only for hub ids."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the frozen weights and activations; the adapter's master copy is always float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: the frozen projections in 4 bits, through bitsandbytes (QLoRA); they are unpacked to `dtype` for every product."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto = cuda if there is one."""
 
@@ -365,6 +367,10 @@ def _impossibilities(c: RunConfig) -> list[str]:
         (
             c.method == "full" and (bool(c.lora.rank_pattern) or c.lora.b_mask is not None),
             "method = 'full' trains every weight: lora.rank_pattern and lora.b_mask have no effect; remove them",
+        ),
+        (
+            c.method == "full" and c.model.quantization != "none",
+            "method = 'full' trains every weight, and 4-bit weights cannot be trained; set model.quantization = 'none'",
         ),
         (
             c.method == "full" and c.loss.beta > 0,

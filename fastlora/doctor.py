@@ -31,13 +31,13 @@ from fastlora.ops.registry import NAMES, Dispatch, dispatchers
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "math-verify", "reasoning-gym", "numpy")
 
 OPTIONAL = {
-    "triton": ("triton", "kernels on a GPU"),
-    "flash-attn": ("flash_attn", "attention over packed tokens on a GPU"),
-    "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU"),
-    "bitsandbytes": ("bitsandbytes", "NF4 base weights"),
-    "vllm": ("vllm", "faster sampling on a GPU"),
+    "bitsandbytes": ("bitsandbytes", "base weights in 4 bits (model.quantization = 'nf4')"),
+    "triton": ("triton", "kernels on a GPU, which fastlora does not have yet"),
+    "flash-attn": ("flash_attn", "attention over packed tokens on a GPU, which fastlora does not use yet"),
+    "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU, which fastlora does not use yet"),
+    "vllm": ("vllm", "faster sampling on a GPU, which fastlora does not use yet"),
 }
-"""Distribution -> (module, what it is for). The code uses none of them yet."""
+"""Distribution -> (module, what it is for)."""
 
 IMPLEMENTATION_TITLES = {"reference": "reference", "torch": "torch", "cpp": "C++ (CPU)"}
 RUN_ON_A_GPU: frozenset[str] = frozenset()
@@ -104,7 +104,7 @@ def _optional_libraries() -> tuple[dict[str, str], list[str]]:
     found, broken = {}, []
     for name, (module, purpose) in OPTIONAL.items():
         version = _version(name)
-        found[name] = version or f"not installed; for {purpose}, which fastlora does not use yet"
+        found[name] = version or f"not installed; for {purpose}"
         if version is None or util.find_spec(module) is None:
             continue
         try:

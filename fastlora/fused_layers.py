@@ -111,7 +111,7 @@ def _agrees(ours: Tensor, theirs: Tensor) -> bool:
 def _probe_rows(model: PreTrainedModel, module: Any, fused: Callable[..., Any]) -> bool:
     """Norms and MLPs: rows in, rows out. Not centred, or a norm without the mean would pass; gates of size 1, where activations differ."""
     width = module.gate_proj.in_features if _is_mlp(module) else module.weight.shape[0]
-    x = 1 + _random(next(module.parameters()), 1, PROBE_TOKENS, width)
+    x = 1 + _random(next(model.parameters()), 1, PROBE_TOKENS, width)
     x = x / module.gate_proj(x).std() if _is_mlp(module) else x
     return _agrees(fused(module.forward)(module, x), module.forward(x))
 
@@ -138,7 +138,7 @@ def _probe_attention(model: PreTrainedModel, module: Any, fused: Callable[..., A
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return False
-    x = _random(module.q_proj.weight, 1, PROBE_TOKENS, module.q_proj.in_features)
+    x = _random(next(model.parameters()), 1, PROBE_TOKENS, module.q_proj.in_features)
     try:
         embeddings = rotary(x, torch.tensor([PROBE_POSITIONS], device=x.device))
     except TypeError:  # a rotary embedding per layer type: not the plain one

@@ -7,6 +7,7 @@ token), C its scored tokens; a layer has width d, H query heads and K key heads 
     activations   w T (x of the two norms 2 d; q, k, v and the attention's output 2 H e + 2 K e; gate and up 2 m;
                        inputs of the adapted groups 2 d + m; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd and log-sum-exp
     adapter       its copy in the dtype of the activations, kept for the backward pass
+    weights       4.5 bits each with model.quantization = "nf4" (ops/nf4.py), embedding and head apart
     head          two rows [C, d], and one tile of logits twice: losses.one_pass and what oneDNN repacks for it
     sampling      a copy of the adapted weights (lora.groups.frozen_adapters), keys and values of every prompt once and of
                   every completion at full length (kv_cache.GroupCache), the widest rows of the prefill, the logits
@@ -35,6 +36,7 @@ from fastlora.lora.patterns import resolve
 from fastlora.lora.peft_format import load_b_mask
 from fastlora.losses.one_pass import TILE_ELEMENTS
 from fastlora.model import meta_model, select_device
+from fastlora.ops.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
 from fastlora.prompt import encode
 
@@ -207,13 +209,14 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
             ("trained parameters, gradient, moments", _trained_bytes(config, trained, sum(g.b_entries for g in groups))),
         ]
         if config.method == "lora":
-            resident.append(("base weights", base * w))
+            resident.append(("base weights", _base_bytes(config, model)))
         file_width = FILE_WIDTH[config.model.name in PACKAGED_MODELS]
         loading = libraries + base * (w + (file_width if file_width != w else 0))
     on_cpu = select_device(config.model).type == "cpu"
     if on_cpu:
         resident.append(("compiled GEMMs in the caches of torch and oneDNN", 2 * GEMM_CACHE_ENTRIES * GEMM_BYTES))
-    sampling = [_sampling(widths, groups if on_cpu else (), w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
+    laid_out = groups if on_cpu and config.model.quantization == "none" else ()
+    sampling = [_sampling(widths, laid_out, w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
     update = _update(config, widths, groups, trained, batch)
     return MemoryPlan(tuple(resident), max(sampling, key=_total, default=()), update, loading)
 
@@ -256,6 +259,16 @@ def resident_bytes(device: torch.device) -> int:
     if not statm.exists():  # not Linux: the largest resident set so far stands in
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def _base_bytes(config: RunConfig, model: PreTrainedModel) -> int:
+    """Of the frozen weights: the decoder's projections may be packed, embedding and head are not."""
+    width = WIDTH[config.model.dtype]
+    dense = width * sum(parameter.numel() for parameter in model.parameters())
+    if config.model.quantization == "none":
+        return dense
+    packed = sum(layer.in_features * layer.out_features for layer in projections(model).values())
+    return dense - round(packed * (width - BYTES_PER_WEIGHT))
 
 
 def _groups(config: RunConfig, model: PreTrainedModel) -> tuple[_Group, ...]:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from fastlora.attention import ATTENTION
 from fastlora.config import ModelConfig
 from fastlora.errors import FastloraError
+from fastlora.nf4_linear import quantize_projections
 from fastlora.packaged_model import PACKAGED_MODELS, packaged_model_folder
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
@@ -58,7 +59,7 @@ def select_device(config: ModelConfig) -> torch.device:
 def load_base_model(config: ModelConfig) -> BaseModel:
     """Weights, tokenizer and limits of the base model, in eval mode and frozen.
 
-    Raises ModelError: not found, not a causal LM we serve, or weights that are not finite.
+    Raises ModelError: not found, not a causal LM we serve, or weights that are not finite. QuantizationError: see nf4_linear.
     """
     source, device = resolve_source(config), select_device(config)
     dtype = getattr(torch, config.dtype)
@@ -73,6 +74,8 @@ def load_base_model(config: ModelConfig) -> BaseModel:
         raise ModelError(f"{config.name}: {len(missing)} weights are not in the files, the first is {missing[0]}; load them all again")
     module.to(device).eval().requires_grad_(False)
     _refuse_nonfinite(module, config.name)
+    if config.quantization == "nf4":
+        quantize_projections(module)
     return wrap_model(module, tokenizer, config.name)
 
 
@@ -118,11 +121,13 @@ def _named(name: str) -> Iterator[None]:
 
 
 def refuse_unserved(config: PretrainedConfig, name: str) -> None:
-    """Raises ModelError for what the ops do not compute: experts, soft-capped or scaled logits."""
+    """Raises ModelError for what the ops do not compute: experts, soft-capped or scaled logits, weights that come quantized."""
     text = config.get_text_config()
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
         if (getattr(text, field, None) or 0) > 1:
             raise ModelError(f"{name}: {field} = {getattr(text, field)}; mixtures of experts are not supported yet")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{name} comes with quantized weights; load the original and set model.quantization = 'nf4'")
     for field, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
         value = getattr(text, field, None)
         if value is not None and value != neutral:

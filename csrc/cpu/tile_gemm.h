@@ -49,7 +49,8 @@ template <class T> struct TileOf { using type = FloatTile; };
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One block of registers: `rows` rows by `panels` panels, k steps from 0 to k / kPack.
+// One block of registers: `rows` rows by `panels` panels, k steps from 0 to k / kPack. What C holds is added last: a sum over many
+// calls is then a sum of their sums, and its rounding error grows with sqrt(k + calls), not with sqrt(k * calls).
 template <class Tile, int rows, int panels>
 INLINE void tile_block(int64_t k, const typename Tile::Element* l, int64_t ldl, const typename Tile::Element* r, int64_t panel_stride,
                        float* c, int64_t ldc, bool accumulate) {
@@ -57,7 +58,7 @@ INLINE void tile_block(int64_t k, const typename Tile::Element* l, int64_t ldl, 
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < panels; ++j) sums[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : floatv{};
+    for (int j = 0; j < panels; ++j) sums[i][j] = floatv{};
   for (int64_t step = 0; step < k; step += Tile::kPack) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
@@ -68,7 +69,10 @@ INLINE void tile_block(int64_t k, const typename Tile::Element* l, int64_t ldl, 
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < panels; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
+    for (int j = 0; j < panels; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
+    }
 }
 
 template <class Tile, int rows>

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import FastloraError
 from fastlora.lora.patterns import ProjectionShape
+from fastlora.nf4_linear import Nf4Linear
 from fastlora.ops.lora_linear import lora_linear
 
 
@@ -94,8 +95,9 @@ class LoraGroup:
         if self.frozen is not None and x.numel():
             return self.frozen(x)
         a_rd, b_flat = (p.to(x.dtype) if self.cast_to_input else p for p in (self.a_rd, self.b_flat))
-        weights = [layer.weight for layer in self.layers]
-        return lora_linear(x, weights, [layer.bias for layer in self.layers], a_rd, b_flat, self.ranks, self.scales, self.b_mask)
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        absmaxes = [layer.absmax for layer in self.layers if isinstance(layer, Nf4Linear)]
+        return lora_linear(x, weights, biases, a_rd, b_flat, self.ranks, self.scales, self.b_mask, absmaxes)
 
 
 class LoraLinear(nn.Module):
@@ -120,7 +122,8 @@ class LoraLinear(nn.Module):
 def frozen_adapters(model: nn.Module) -> Iterator[None]:
     """For many small forward passes without gradient: inside, neither adapter nor base weights may change. Costs a copy of the weights.
 
-    Only where the adapter runs in the dtype of the activations, on a CPU with oneDNN; elsewhere nothing happens.
+    Only where the adapter runs in the dtype of the activations, on a CPU with oneDNN; elsewhere, and with 4-bit weights (whose point is not
+    to have that copy), nothing happens.
     """
     groups = {id(layer.group): layer.group for layer in model.modules() if isinstance(layer, LoraLinear)}
     weights = {group: group.layers[0].weight for group in groups.values()}
@@ -149,7 +152,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise AttachError(f"{type(model).__name__} already has an adapter: a second one would adapt the first. Load the model afresh")
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    found = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Nf4Linear) and module is not head}
     if not found:
         raise AttachError(f"{type(model).__name__} has no nn.Linear projection besides its head: LoRA has nowhere to go")
     return found

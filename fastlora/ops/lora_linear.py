@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.ops.nf4 import dense
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
 
 
@@ -50,14 +51,15 @@ def _reference(
     b_mask: Tensor | None,
     ranks: Sequence[int],
     scales: Sequence[float],
+    absmaxes: Sequence[Tensor],
 ) -> list[Tensor]:
     """[y_m for every module] + [h], h [*, R] = x a_rdᵀ kept for the backward pass."""
     h = [F.linear(x.to(a_rd.dtype), a) for a in a_rd.split(list(ranks))]
     outputs = []
-    for weight, bias, b_rn, h_m, rank, scale in zip(
-        weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h, ranks, scales, strict=True
+    for m, (bias, b_rn, h_m, rank, scale) in enumerate(
+        zip(biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h, ranks, scales, strict=True)
     ):
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, dense(weights_nd, absmaxes, m, x.dtype), bias)
         if rank:
             # PEFT keeps B as [n, r] contiguous; the copy gives the GEMM the same operand layout, hence the same bits.
             y = (y + F.linear(h_m, b_rn.t().contiguous()) * scale).to(y.dtype)
@@ -86,17 +88,18 @@ def _grouped(
     b_mask: Tensor | None,
     ranks: Sequence[int],
     scales: Sequence[float],
+    absmaxes: Sequence[Tensor],
 ) -> list[Tensor]:
     x_td = x.reshape(-1, x.shape[-1])
     h_tr = x_td.to(a_rd.dtype) @ a_rd.t()
     outputs = []
-    for weight, bias, b_rn, h_m, rank, scale in zip(
-        weights_nd, biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True
+    for m, (bias, b_rn, h_m, rank, scale) in enumerate(
+        zip(biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True)
     ):
-        y_tn = F.linear(x_td, weight, bias)
+        y_tn = F.linear(x_td, dense(weights_nd, absmaxes, m, x.dtype), bias)
         if rank:
             _add_product(y_tn, h_m, b_rn, scale)
-        outputs.append(y_tn.view(*x.shape[:-1], weight.shape[0]))
+        outputs.append(y_tn.view(*x.shape[:-1], y_tn.shape[1]))
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
 
@@ -104,7 +107,7 @@ lora_linear_op = _forward.torch_op()
 
 
 @lora_linear_op.register_fake
-def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales):  # type: ignore[no-untyped-def]
+def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes):  # type: ignore[no-untyped-def]
     lead = x.shape[:-1]
     return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
 
@@ -121,6 +124,7 @@ def _reference_backward(
     scales: Sequence[float],
     need_dx: bool,
     need_da: bool,
+    absmaxes: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums into dX run from the last module to the first, LoRA branch before base: the order in which autograd's engine reaches
     the nodes of PEFT's graph (latest created first). A different order changes the last bit of every gradient below.
@@ -132,8 +136,8 @@ def _reference_backward(
     outs = _outs(weights_nd)
     parts = list(
         zip(
+            range(len(dys)),
             dys,
-            weights_nd,
             a_rd.split(list(ranks)),
             da_rd.split(list(ranks)) if need_da else [da_rd] * len(ranks),
             _module_b(b_flat, outs, ranks),
@@ -145,11 +149,11 @@ def _reference_backward(
         )
     )
     dx_td: Tensor | None = None
-    for dy, weight, a_m, da_m, b_rn, db_rn, h_m, rank, scale in reversed(parts):
+    for m, dy, a_m, da_m, b_rn, db_rn, h_m, rank, scale in reversed(parts):
         terms = []
-        dy_tn = dy.reshape(-1, weight.shape[0])
+        dy_tn = dy.reshape(-1, outs[m])
         if rank:
-            ds_tn = (dy.to(a_rd.dtype) * scale).reshape(-1, weight.shape[0])
+            ds_tn = (dy.to(a_rd.dtype) * scale).reshape(-1, outs[m])
             dh_tr = ds_tn.mm(b_rn.t().contiguous())
             db_rn.copy_(ds_tn.t().mm(h_m.contiguous()).t())
             if need_da:
@@ -157,7 +161,7 @@ def _reference_backward(
             if need_dx:
                 terms.append(dh_tr.mm(a_m).to(x.dtype))
         if need_dx:
-            terms.append(dy_tn.mm(weight))
+            terms.append(dy_tn.mm(dense(weights_nd, absmaxes, m, x.dtype)))
         for term in terms:
             dx_td = term if dx_td is None else dx_td + term
     if b_mask is not None:
@@ -181,15 +185,16 @@ def _grouped_backward(
     scales: Sequence[float],
     need_dx: bool,
     need_da: bool,
+    absmaxes: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_td = x.reshape(-1, x.shape[-1])
     h_tr = h.reshape(len(x_td), a_rd.shape[0])
     dh_tr, db_flat = torch.empty_like(h_tr), torch.empty_like(b_flat)
     outs = _outs(weights_nd)
     dx_td: Tensor | None = None
-    for dy, weight, b_rn, db_rn, h_m, dh_m, scale in zip(
+    for m, dy, b_rn, db_rn, h_m, dh_m, scale in zip(
+        range(len(dys)),
         dys,
-        weights_nd,
         _module_b(b_flat, outs, ranks),
         _module_b(db_flat, outs, ranks),
         h_tr.split(list(ranks), dim=1),
@@ -197,12 +202,13 @@ def _grouped_backward(
         scales,
         strict=True,
     ):
-        dy_tn = dy.reshape(-1, weight.shape[0])
+        dy_tn = dy.reshape(-1, outs[m])
         dy_a = dy_tn.to(a_rd.dtype)
         torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
         torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
         if not need_dx:
             continue
+        weight = dense(weights_nd, absmaxes, m, x.dtype)
         if dx_td is None:
             dx_td = dy_tn.mm(weight)
         else:
@@ -219,14 +225,14 @@ lora_linear_backward_op = _backward.torch_op()
 
 
 @lora_linear_backward_op.register_fake
-def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da):  # type: ignore[no-untyped-def]
+def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_da, absmaxes):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     return dx, torch.empty_like(a_rd) if need_da else a_rd.new_empty(0), torch.empty_like(b_flat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales = inputs
-    ctx.save_for_backward(x, output[-1], a_rd, b_flat, b_mask, *weights_nd)
+    x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes = inputs
+    ctx.save_for_backward(x, output[-1], a_rd, b_flat, b_mask, *weights_nd, *absmaxes)
     ctx.ranks, ctx.scales = ranks, scales
     # torch.library wants the gradients of a list of tensors as a list, and sees a list with a None in it as one argument.
     ctx.bias_grads = None if any(bias is None for bias in biases_n) else [None] * len(biases_n)
@@ -234,11 +240,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, h, a_rd, b_flat, b_mask, *weights_nd = ctx.saved_tensors
+    x, h, a_rd, b_flat, b_mask, *frozen = ctx.saved_tensors
+    weights_nd, absmaxes = frozen[: len(ctx.ranks)], frozen[len(ctx.ranks) :]
     dys = [x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy for dy, weight in zip(grads[:-1], weights_nd, strict=True)]
     need_dx, need_da = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    dx, da_rd, db_flat = lora_linear_backward_op(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ctx.ranks, ctx.scales, need_dx, need_da)
-    return dx if need_dx else None, [None] * len(weights_nd), ctx.bias_grads, da_rd if need_da else None, db_flat, None, None, None
+    options = (ctx.ranks, ctx.scales, need_dx, need_da, absmaxes)
+    dx, da_rd, db_flat = lora_linear_backward_op(dys, x, h, weights_nd, a_rd, b_flat, b_mask, *options)
+    frozen_grads = [None] * len(weights_nd), ctx.bias_grads
+    return dx if need_dx else None, *frozen_grads, da_rd if need_da else None, db_flat, None, None, None, [None] * len(absmaxes)
 
 
 lora_linear_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -253,12 +262,15 @@ def lora_linear(
     ranks: Sequence[int],
     scales: Sequence[float],
     b_mask: Tensor | None = None,
+    absmaxes: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Outputs y_m [*, n_m] of a group of projections that share the input x [*, d].
 
     weights_nd: frozen W_m [n_m, d], dtype of x. biases_n: frozen [n_m] or None each. a_rd: [R, d]. b_flat: [Σ r_m n_m], B_mᵀ one after
     another. a_rd and b_flat share a dtype: that of x, or float32 beside a bfloat16 x (PEFT's default; the adapter branch then runs
-    in float32). b_mask: bool [Σ r_m n_m], entries of B that receive gradient; None = all. Differentiable in x, a_rd and b_flat.
+    in float32). b_mask: bool [Σ r_m n_m], entries of B that receive gradient; None = all. absmaxes: given when every W_m is packed in 4
+    bits, uint8 [n_m, d / 2] (ops/nf4.py): it is unpacked for a product and thrown away, in both passes. Differentiable in x, a_rd
+    and b_flat.
 
     Raises ValueError when ranks and shapes disagree.
     """
@@ -268,17 +280,22 @@ def lora_linear(
             f"lora_linear: a_rd {tuple(a_rd.shape)} and b_flat {tuple(b_flat.shape)} do not fit ranks {list(ranks)}, "
             f"outputs {outs} and input width {x.shape[-1]}"
         )
-    return call(lora_linear_op, _forward, x, weights_nd, biases_n, a_rd, b_flat, b_mask, list(ranks), list(scales))[:-1]
+    return call(lora_linear_op, _forward, x, weights_nd, biases_n, a_rd, b_flat, b_mask, list(ranks), list(scales), list(absmaxes))[:-1]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def cost(
-    x: Tensor, weights_nd: Sequence[Tensor], biases_n: Any, a_rd: Tensor, b_flat: Tensor, b_mask: Any, ranks: Sequence[int], scales: Any
+    x: Tensor, weights_nd: Sequence[Tensor], biases_n: Any, a_rd: Tensor, b_flat: Tensor, b_mask: Any, ranks: Sequence[int], *rest: Any
 ) -> Cost:
-    """Forward pass: base and adapter GEMMs; x, W, A, B and every y and h once."""
+    """Forward pass: base and adapter GEMMs; x, W (packed, if it is), A, B and every y and h once."""
+    _, absmaxes = rest
     t, d, outs = x.numel() // x.shape[-1], x.shape[-1], _outs(weights_nd)
     flops = 2 * t * (d * sum(outs) + d * sum(ranks) + sum(n * r for n, r in zip(outs, ranks, strict=True)))
-    elements = t * (d + sum(outs)) + d * sum(outs)
-    return Cost(flops, elements * x.element_size() + (a_rd.numel() + b_flat.numel() + t * sum(ranks)) * a_rd.element_size())
+    activations, adapter = t * (d + sum(outs)) * x.element_size(), (a_rd.numel() + b_flat.numel() + t * sum(ranks)) * a_rd.element_size()
+    return Cost(flops, activations + _bytes(weights_nd) + _bytes(absmaxes) + adapter)
 
 
 def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
@@ -306,26 +323,27 @@ def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[An
             (torch.rand(size, generator=generator) < 0.5).to(device) if with_mask else None,
             list(ranks),
             [0.5 + m for m in range(len(ranks))],
+            [],
         )
 
 
 def backward_cost(dys: Any, x: Tensor, h: Tensor, weights_nd: Sequence[Tensor], a_rd: Tensor, b_flat: Tensor, *options: Any) -> Cost:
     """Backward pass with all outputs: base GEMMs of dX, two adapter GEMMs each for dA, dB and the branch of dX; every tensor once."""
-    _, ranks, _, need_dx, need_da = options
+    _, ranks, _, need_dx, need_da, absmaxes = options
     t, d, outs = x.numel() // x.shape[-1], x.shape[-1], _outs(weights_nd)
     expand, shrink = sum(n * r for n, r in zip(outs, ranks, strict=True)), d * sum(ranks)
     flops = 2 * t * (2 * expand + (shrink if need_da else 0) + (d * sum(outs) + shrink if need_dx else 0))
-    elements = t * (d + sum(outs)) + (d * sum(outs) + t * d if need_dx else 0)
-    adapter = h.numel() + a_rd.numel() * (2 if need_da else 1) + 2 * b_flat.numel()
-    return Cost(flops, elements * x.element_size() + adapter * a_rd.element_size())
+    activations = t * (d + sum(outs) + (d if need_dx else 0)) * x.element_size()
+    adapter = (h.numel() + a_rd.numel() * (2 if need_da else 1) + 2 * b_flat.numel()) * a_rd.element_size()
+    return Cost(flops, activations + (_bytes(weights_nd) + _bytes(absmaxes) if need_dx else 0) + adapter)
 
 
 def backward_sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
     """The forward samples with a gradient for every output; with dX, with dA, with both and with neither."""
-    for index, (x, weights_nd, _, a_rd, b_flat, b_mask, ranks, scales) in enumerate(sample_inputs(dtype, device)):
+    for index, (x, weights_nd, _, a_rd, b_flat, b_mask, ranks, scales, absmaxes) in enumerate(sample_inputs(dtype, device)):
         x, a_rd, b_flat = x.detach(), a_rd.detach(), b_flat.detach()
         dys = [F.linear(x, w).cos() for w in weights_nd]
-        yield dys, x, F.linear(x, a_rd), weights_nd, a_rd, b_flat, b_mask, ranks, scales, index != 1, index % 2 == 0
+        yield dys, x, F.linear(x, a_rd), weights_nd, a_rd, b_flat, b_mask, ranks, scales, index != 1, index % 2 == 0, absmaxes
 
 
 SPEC = OpSpec("lora_linear", lora_linear_op, sample_inputs, cost)

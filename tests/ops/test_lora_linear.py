@@ -221,12 +221,12 @@ def test_these_tests_can_fail(bug: str, implementation: str, monkeypatch: pytest
     """Each planted bug is seen by the comparison that the other tests rest on."""
     true_op, true_split = module.lora_linear_op, module._module_b
 
-    def broken_op(x: Any, weights: Any, biases: Any, a: Any, b: Any, mask: Any, ranks: Any, scales: Any) -> list[Tensor]:
+    def broken_op(x: Any, weights: Any, biases: Any, a: Any, b: Any, mask: Any, ranks: Any, scales: Any, absmaxes: Any) -> list[Tensor]:
         if bug == "scale dropped":
             scales = [1.0, *scales[1:]]
         if bug == "mask dropped":
             mask = None
-        return true_op(x, weights, biases, a, b, mask, ranks, scales)
+        return true_op(x, weights, biases, a, b, mask, ranks, scales, absmaxes)
 
     def broken_split(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
         if bug == "wrong rank offset":  # the last module starts one row too early

@@ -65,9 +65,19 @@ def specs_for(model: nn.Module, config: LoraConfig) -> tuple[ModuleSpec, ...]:
     return resolve(shapes(projections(model)), config)
 
 
-def make_twins(model: PreTrainedModel, config: LoraConfig, *, masks: Mapping[str, Tensor] | None = None, std: float = 0.05) -> Twins:
-    """Attaches `config` to a copy of the model by fastlora (reference layout) and by PEFT; A and B are both random, of `std`."""
-    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+def make_twins(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    std: float = 0.05,
+    for_peft: PreTrainedModel | None = None,
+) -> Twins:
+    """Attaches `config` to a copy of the model by fastlora (reference layout) and by PEFT; A and B are both random, of `std`.
+
+    for_peft: the same model made of other layers, where PEFT needs its own.
+    """
+    theirs, ours = copy.deepcopy(for_peft or model), copy.deepcopy(model)
     specs = specs_for(ours, config)
     adapter = attach(ours, specs, seed=0, b_mask_nr=masks, cast_to_input=False)
     wrap_model(ours, make_tiny_tokenizer(), "tiny")  # fastlora's attention, as in a run

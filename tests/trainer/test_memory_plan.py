@@ -118,9 +118,11 @@ def test_each_term_reacts_to_its_setting() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("real-model")
 @pytest.mark.usefixtures("packaged_model")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc/self/status, which is not there")
-def test_the_expected_peak_is_the_measured_one(tmp_path: Path) -> None:
-    arguments = "configs/smollm2_sums_cpu.toml --trainer.steps 3 --eval.num-problems 64 --eval.required-gain None --name a --output-dir"
+def test_the_expected_peak_is_the_measured_one(quantization: str, tmp_path: Path) -> None:
+    size = "--trainer.steps 3 --eval.num-problems 64 --eval.required-gain None"
+    arguments = f"configs/smollm2_sums_cpu.toml {size} --model.quantization {quantization} --name a --output-dir"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", RUN, *arguments.split(), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
