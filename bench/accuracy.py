@@ -3,9 +3,9 @@
     logp error        sqrt(mean over completion tokens of (logp − logp64)²)
     gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector
 
-all seeds together. A seed has its own prompt, B, and four sampled completions; the behaviour policy is the adapter with noise,
-scored in fp64, so that ratios are real and none is 1. The truth is PEFT in fp64 with the plain loop's loss; TRL computes its
-own `_compute_loss`, ours PolicyObjective's, the one that a run trains on.
+all seeds together. A seed has its own B, and four sampled completions of each of four prompts; the behaviour policy is the adapter
+with noise, scored in fp64, so that ratios are real and none is 1. The truth is PEFT in fp64 with the plain loop's loss; TRL computes
+its own `_compute_loss`, ours PolicyObjective's, the one that a run trains on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from fastlora.rollout.sampler import SamplingParams
 from fastlora.types import Rollout
 
 PROBLEMS = (9, 14, 21, 24, 25, 30, 33, 37)
-"""Rows of gsm_symbolic, one a seed: short prompts (48 to 73 tokens), so that fp64 stays affordable."""
+"""Rows of gsm_symbolic with short prompts (48 to 73 tokens), so that fp64 stays affordable. Seed s has those from the s-th on."""
+NUM_PROMPTS = 4
+"""Of a seed. With one, the pooled ratio of two roundings of the same formula moved by ±.15 (LOG.md)."""
 COMPLETION_TOKENS = 32
 BEHAVIOUR_NOISE = 0.002
 """Standard deviation of the noise in A and B of the behaviour policy: log-ratios of about ±0.03, inside the clip range. (At a bound
@@ -76,7 +78,7 @@ class Contest:
         self.theirs = load_peft_model(folder / "adapter", dtype)
         self.truth = in_double(self.theirs)
         prompts = [example.prompt for example in self.parts.eval_examples]
-        self.trainer = make_trainer(self.theirs, prompts, folder / "trl", NUM_GENERATIONS, NUM_GENERATIONS)
+        self.trainer = make_trainer(self.theirs, prompts, folder / "trl", NUM_PROMPTS * NUM_GENERATIONS, NUM_PROMPTS * NUM_GENERATIONS)
         self.trainer.current_gradient_accumulation_steps = 1
 
     def run(self, seed: int) -> tuple[Computed, Computed, Computed]:
@@ -85,7 +87,8 @@ class Contest:
         for model in (self.theirs, self.truth):
             copy_adapter(self.adapter, model)
         params = SamplingParams(NUM_GENERATIONS, COMPLETION_TOKENS)
-        rollout = self.parts.sampler.sample([self.parts.eval_examples[seed]], params, seed=seed, adapter_version=0)
+        examples = [self.parts.eval_examples[(seed + i) % len(PROBLEMS)] for i in range(NUM_PROMPTS)]
+        rollout = self.parts.sampler.sample(examples, params, seed=seed, adapter_version=0)
         batch = make_batch(rollout, hashed(rollout.texts, rollout.examples))
         with torch.no_grad(), perturbed(self.truth, seed):
             old = token_logp(self.truth, batch).masked_fill(~batch.scored_nt, 0.0)

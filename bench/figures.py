@@ -84,7 +84,7 @@ def targets_part(rows: Sequence[Row], device: str, docs: Path) -> str:
     for target in TARGETS:
         value = numbers[target.key]
         bound = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
-        lines.append((target.what, f"{value:.3g}", bound, "met" if target.met(value) else "**missed**"))
+        lines.append((target.what, f"{value:.4g}", bound, "met" if target.met(value) else "**missed**"))
     work = f"{numbers['shape']}. FLOPs of LoRA over full fine-tuning: {numbers['flop_ratio']:.3f}.\n"
     return f"{work}\n{markdown(('what', 'measured', 'target', ''), lines)}"
 

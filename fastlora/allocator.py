@@ -20,6 +20,13 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_UP_TO)) and bool(mallopt(_M_MMAP_MAX, 0))
 
 
+def release_freed_memory() -> None:
+    """Gives the system what this process has freed and kept; nothing happens where the allocator is not glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 GEMM_CACHE_ENTRIES = 128
 """One step of the default run makes some 100 shapes of GEMM; the ragged lengths of the next step are new ones."""
 

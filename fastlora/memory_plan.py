@@ -7,7 +7,7 @@ token), C its scored tokens; a layer has width d, H query heads and K key heads 
     activations   w T (x of the two norms 2 d; q, k, v and the attention's output 2 H e + 2 K e; gate and up 2 m;
                        inputs of the adapted groups 2 d + m; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd and log-sum-exp
     adapter       its copy in the dtype of the activations, kept for the backward pass
-    weights       4.5 bits each with model.quantization = "nf4" (ops/nf4.py), embedding and head apart
+    weights       4.5 bits each with model.quantization = "nf4" (fastlora/nf4.py), embedding and head apart
     head          two rows [C, d], and one tile of logits twice: losses.one_pass and what oneDNN repacks for it
     sampling      a copy of the adapted weights (lora.groups.frozen_adapters), keys and values of every prompt once and of
                   every completion at full length (kv_cache.GroupCache), the widest rows of the prefill, the logits
@@ -36,7 +36,7 @@ from fastlora.lora.patterns import resolve
 from fastlora.lora.peft_format import load_b_mask
 from fastlora.losses.one_pass import TILE_ELEMENTS
 from fastlora.model import meta_model, select_device
-from fastlora.ops.nf4 import BYTES_PER_WEIGHT
+from fastlora.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
 from fastlora.prompt import encode
 

@@ -1,12 +1,13 @@
-"""Frozen projections in 4 bits, so that a base model of 8 billion parameters takes 5 GB (ops/nf4.py has the format)."""
+"""Frozen projections in 4 bits, so that a base model of 8 billion parameters takes 5 GB (fastlora/nf4.py has the format)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from fastlora.allocator import release_freed_memory
+from fastlora.nf4 import QuantizationError, quantize
 from fastlora.ops.lora_linear import lora_linear
-from fastlora.ops.nf4 import QuantizationError, quantize
 
 
 class Nf4Linear(nn.Linear):
@@ -38,9 +39,11 @@ def quantize_projections(model: nn.Module) -> None:
     Raises QuantizationError, which names the layer that cannot be packed.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
-    for name in names:
+    dense = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    while dense:  # nobody else holds them: a dense weight is freed before the next one is packed
+        name, layer = dense.pop(0)
         try:
-            model.set_submodule(name, Nf4Linear(model.get_submodule(name)))
+            model.set_submodule(name, Nf4Linear(layer))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from error
+    release_freed_memory()  # the dense weights

@@ -131,6 +131,7 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "too few samples": ("[eval]\npass_at_k = [1, 16]", "eval.num_samples = 8 is below the largest eval.pass_at_k = 16"),
     "full with ranks": ("method = 'full'\n[lora.rank_pattern]\nq_proj = 3", "method = 'full' trains every weight"),
     "full with a mask": ("method = 'full'\n[lora]\nb_mask = 'm.safetensors'", "method = 'full' trains every weight"),
+    "full in 4 bits": ("method = 'full'\n[model]\nquantization = 'nf4'", "4-bit weights cannot be trained"),
     "full with a reference": ("method = 'full'\n[loss]\nbeta = 0.1", "loss.beta > 0 needs a reference policy"),
 }
 

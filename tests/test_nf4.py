@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fastlora.config import ConfigError, LoraConfig, ModelConfig, load_config
+from fastlora import nf4
+from fastlora.config import LoraConfig, ModelConfig
 from fastlora.model import ModelError, load_base_model, refuse_unserved
+from fastlora.nf4 import BLOCK, QuantizationError, dequantize, quantize
 from fastlora.nf4_linear import Nf4Linear, quantize_projections
-from fastlora.ops import nf4
 from fastlora.ops.lora_linear import SPEC, lora_linear
-from fastlora.ops.nf4 import BLOCK, QuantizationError, dequantize, quantize
 from fastlora.ops.registry import use_implementation
 from tests.ops.implementations import relative_error
 from tests.parity.twins import make_twins
@@ -65,7 +65,9 @@ def bitsandbytes_layers(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize(("implementation", "limit"), [("reference", 0.0), ("torch", SAME_IN_FLOAT32)])
 def test_adapter_computes_what_peft_computes_on_bitsandbytes(family: str, implementation: str, limit: float) -> None:
     """Logits, dA and dB; bit for bit on the reference path."""
-    model = make_tiny_model(family, intermediate_size=128)  # rows of whole blocks: bitsandbytes 0.50 misreads others on a CPU (ops/nf4.py)
+    model = make_tiny_model(
+        family, intermediate_size=128
+    )  # rows of whole blocks: bitsandbytes 0.50 misreads others on a CPU (fastlora/nf4.py)
     theirs = bitsandbytes_layers(model)
     quantize_projections(model)
     config = LoraConfig(r=4, target_modules=("q_proj", "v_proj", "down_proj"))
@@ -156,11 +158,6 @@ def test_without_bitsandbytes_the_setting_is_refused(folder: Path, monkeypatch: 
     with pytest.raises(QuantizationError, match=r"4-bit weights need bitsandbytes, .* `pip install bitsandbytes`, or model.quantization"):
         load(folder)
     nf4._load_bitsandbytes.cache_clear()
-
-
-def test_full_fine_tuning_of_4_bit_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"4-bit weights cannot be trained; set model.quantization = 'none'"):
-        load_config(None, ["--method", "full", "--model.quantization", "nf4"])
 
 
 def test_weights_that_come_quantized_are_refused() -> None:

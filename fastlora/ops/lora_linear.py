@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.nf4 import dense
+from fastlora.nf4 import dense
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
 
 
@@ -269,7 +269,7 @@ def lora_linear(
     weights_nd: frozen W_m [n_m, d], dtype of x. biases_n: frozen [n_m] or None each. a_rd: [R, d]. b_flat: [Σ r_m n_m], B_mᵀ one after
     another. a_rd and b_flat share a dtype: that of x, or float32 beside a bfloat16 x (PEFT's default; the adapter branch then runs
     in float32). b_mask: bool [Σ r_m n_m], entries of B that receive gradient; None = all. absmaxes: given when every W_m is packed in 4
-    bits, uint8 [n_m, d / 2] (ops/nf4.py): it is unpacked for a product and thrown away, in both passes. Differentiable in x, a_rd
+    bits, uint8 [n_m, d / 2] (fastlora/nf4.py): it is unpacked for a product and thrown away, in both passes. Differentiable in x, a_rd
     and b_flat.
 
     Raises ValueError when ranks and shapes disagree.

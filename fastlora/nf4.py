@@ -7,6 +7,7 @@ Shapes: W [n, d] -> packed uint8 [n, d / 2], absmax float32 [n d / 64]: 4.5 bits
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -27,6 +28,8 @@ class QuantizationError(FastloraError):
 @cache
 def _load_bitsandbytes() -> None:
     """Registers torch.ops.bitsandbytes. Raises QuantizationError when it is missing or broken."""
+    # On a CPU it warns that a kernel from the hub is missing, for products that we do not ask of it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
