@@ -16,8 +16,9 @@ from bench.workload import SAMPLES, DType
 class Contender:
     """One configuration of one library."""
 
-    library: Literal["trl", "plain", "fastlora"]
-    """trl = TRL's GRPOTrainer on PEFT's layers; plain = a hand-written loop on PEFT's layers; fastlora = its own Trainer."""
+    library: Literal["trl", "plain", "fastlora", "gemm"]
+    """trl = TRL's GRPOTrainer on PEFT's layers; plain = a hand-written loop on PEFT's layers; fastlora = its own Trainer; gemm = the matrix
+    products of an update and nothing else."""
     dtype: DType = "float32"
     """Of the base model and its activations; adapters are float32 in all libraries."""
     micro_batch: int = SAMPLES

@@ -155,6 +155,11 @@ def measure_rates(shapes: Sequence[Shape], dtype: torch.dtype, progress: Callabl
     return rates
 
 
+def best_product(shape: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """torch.mm on one set of operands of that shape, in the faster of the two layouts."""
+    return min(_products(shape, dtype), key=_best_seconds)
+
+
 def _products(shape: Shape, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
     m, k, n = shape
     x_mk, w_nk = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)

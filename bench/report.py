@@ -77,8 +77,12 @@ class Measured:
     """(ours, TRL + PEFT's)."""
     lora: Work
     full: Work
-    peaks: Mapping[DType, float]
-    """FLOP/s of the update's products at their best."""
+    gemms: Mapping[DType, Sequence[Result]]
+    """(ours, the products of our update and nothing else)."""
+
+    def peak(self, dtype: DType) -> float:
+        """FLOP/s of the update's products, one after the other."""
+        return self.lora.gemm_flops / self.gemms[dtype][1].median
 
 
 def summary(measured: Measured) -> dict[str, Any]:
@@ -94,15 +98,15 @@ def summary(measured: Measured) -> dict[str, Any]:
         "flop_ratio": measured.lora.flops / measured.full.flops,
         "memory_ratio_default": ours.peak_bytes / default.peak_bytes,
         "memory_ratio_best": ours.peak_bytes / small.peak_bytes,
-        "gemm_share_bf16": gemm_share(measured, ours),
-        "gemm_share_fp32": gemm_share(measured, updates["full"][0]),
+        "gemm_share_bf16": gemm_share(measured, "bfloat16"),
+        "gemm_share_fp32": gemm_share(measured, "float32"),
         "step_speedup": speedup(steps["default"]),
         "step_speedup_best": speedup(steps["best"]),
         **error_ratios(measured),
         "gradient_cosines": dict(measured.cosines),
         "contenders": [{"name": result.contender.name, **result.summary()} for result in races],
         "trials": [{"name": result.contender.name, **result.summary()} for result in measured.trials],
-        "gemm_peak_gflops": {dtype: rate / 1e9 for dtype, rate in measured.peaks.items()},
+        "gemm_peak_gflops": {dtype: measured.peak(dtype) / 1e9 for dtype in measured.gemms},
         "gflop": {"lora": measured.lora.flops / 1e9, "attention": measured.lora.attention_flops / 1e9, "full": measured.full.flops / 1e9},
         "shape": measured.shape,
         "threads": measured.threads,
@@ -116,9 +120,9 @@ def speedup(race: Sequence[Result]) -> float:
     return race[-1].median / race[0].median
 
 
-def gemm_share(measured: Measured, result: Result) -> float:
-    """Useful FLOPs (products and attention) over what the machine's best GEMMs would do in the time of this LoRA update."""
-    return measured.lora.flops / (result.median * measured.peaks[result.contender.dtype])
+def gemm_share(measured: Measured, dtype: DType) -> float:
+    """Useful FLOPs (products and attention) over what the machine's GEMMs do in the time of our update, both of one race."""
+    return measured.lora.flops / (measured.gemms[dtype][0].median * measured.peak(dtype))
 
 
 def error_ratios(measured: Measured) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def result_rows(measured: Measured) -> Iterator[dict[str, Any]]:
                     "p80": result.percentile(80),
                     "gflop_per_s": None if rate is None else rate / 1e9,
                     "gb_per_s": None,  # a whole update has no compulsory traffic that would mean anything; bench/ops.py has it by op
-                    "share_of_peak": None if rate is None else rate / measured.peaks[contender.dtype],
+                    "share_of_peak": None if rate is None else rate / measured.peak(contender.dtype),
                     "x_baseline": baseline / result.median,
                     "peak_bytes": result.peak_bytes,
                     "commit": commit_id,

@@ -5,7 +5,7 @@
     update    loss, backward, clip, optimizer step on the recorded rollout: contenders in turns, medians
     step      the same with sampling and reward before it
     errors    against fp64, same dtype
-    peak      the machine's own GEMM rate for the products of the update
+    peak      the matrix products of the update and nothing else, in turns with our update
 
 Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object (see `report.summary`). Result rows are
 written to OUT/DEVICE/train_step.jsonl.
@@ -24,18 +24,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.status import Status
-from transformers import AutoConfig
 
 from bench.accuracy import measure_errors
 from bench.command_line import parser, positive
 from bench.contender import Contender
 from bench.gate import GateError, check_gradients
-from bench.gemm_peak import Group, Model, Work, full_work, lora_work, measure_rates, peak_rate
+from bench.gemm_side import works
 from bench.race import Result, WorkerError, race
 from bench.record import write_workload
 from bench.report import Measured, json_line, print_tables, write_rows
 from bench.workload import MODEL, RANK, DType
-from fastlora.packaged_model import packaged_model_folder
 from fastlora.types import Rollout
 
 Say = Callable[[str], None]
@@ -115,6 +113,8 @@ def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
     step_races = {"default": (OURS, TRL_DEFAULT), "best": (OURS, trl_best)}
     updates = {name: race(rivals, folder, threads, pairs, say) for name, rivals in update_races.items()}
     steps = {name: race([replace(r, work="step") for r in rivals], folder, threads, pairs, say) for name, rivals in step_races.items()}
+    gemm_races = {dtype: (replace(OURS, dtype=dtype), Contender("gemm", dtype)) for dtype in DTYPES}
+    gemms = {dtype: race(rivals, folder, threads, pairs, say) for dtype, rivals in gemm_races.items()}
     lora, full = works(rollout)
     return Measured(
         shape=describe(rollout),
@@ -124,9 +124,9 @@ def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
         updates=updates,
         steps=steps,
         errors={dtype: measure_errors(dtype, say) for dtype in DTYPES},
+        gemms=gemms,
         lora=lora,
         full=full,
-        peaks={dtype: measure_peak(lora, dtype, say) for dtype in DTYPES},
     )
 
 
@@ -150,28 +150,6 @@ def describe(rollout: Rollout) -> str:
     prompts = rollout.prompt_mask_np.sum(1)[:: rollout.num_generations].tolist()
     completions = sorted(set(rollout.completion_mask_nt.sum(1).tolist()))
     return f"{MODEL}, r {RANK}, prompts {prompts} × {rollout.num_generations} completions of {completions} tokens"
-
-
-def works(rollout: Rollout) -> tuple[Work, Work]:
-    """(LoRA's, full fine-tuning's) useful work for one update on this rollout."""
-    config = AutoConfig.from_pretrained(packaged_model_folder())
-    model = Model(**{name: getattr(config, name) for name in Model.__slots__})
-    groups = groups_of(rollout)
-    return lora_work(model, groups, RANK), full_work(model, groups)
-
-
-def groups_of(rollout: Rollout) -> list[Group]:
-    """Token counts of each prompt and its completions."""
-    prompts = rollout.prompt_mask_np.sum(1).tolist()
-    completions = rollout.completion_mask_nt.sum(1).tolist()
-    size = rollout.num_generations
-    return [Group(prompts[first], tuple(completions[first : first + size])) for first in range(0, len(prompts), size)]
-
-
-def measure_peak(work: Work, dtype: DType, say: Say) -> float:
-    """FLOP/s."""
-    rates = measure_rates(list(work.gemms), getattr(torch, dtype), lambda shape: say(f"GEMM peak in {dtype}: {shape}"))
-    return peak_rate(work, rates)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ def contender_loop(contender: Contender) -> Serve:
         from bench import plain_loop
 
         return plain_loop.serve
+    if contender.library == "gemm":
+        from bench import gemm_side
+
+        return gemm_side.serve
     from bench import fastlora_side
 
     return fastlora_side.serve

@@ -51,7 +51,10 @@ def measured() -> Measured:
         errors={"bfloat16": (Errors(1.0, 3.0), Errors(2.0, 4.0)), "float32": (Errors(1.0, 1.0), Errors(1.0, 2.0))},
         lora=Work(Counter({(10, 10, 10): 1}), attention_flops=1000.0),
         full=Work(Counter({(10, 10, 10): 2}), attention_flops=1000.0),
-        peaks={"bfloat16": 1000.0, "float32": 500.0},
+        gemms={
+            "bfloat16": (result(OURS, 4.0, 1), result(Contender("gemm", "bfloat16"), 2.0, 1)),
+            "float32": (result(OURS, 8.0, 1), result(Contender("gemm", "float32"), 4.0, 1)),
+        },
     )
 
 
