@@ -76,12 +76,12 @@ def token_logp(model: nn.Module, batch: Batch) -> Tensor:
     return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def dapo_loss(logp_nt: Tensor, batch: Batch, num_items: int) -> Tensor:
+def dapo_loss(logp_nt: Tensor, batch: Batch, num_items: int, epsilon: float = EPSILON) -> Tensor:
     """Scalar; num_items: active tokens of the generation batch, all micro-batches together."""
     old = logp_nt.detach() if batch.old_logp_nt is None else batch.old_logp_nt
     ratio = (logp_nt - old).exp()
     advantages = batch.advantages_n[:, None]
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     return -(surrogate * batch.scored_nt).sum() / num_items
 
 
