@@ -32,14 +32,14 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", 
 
 OPTIONAL = {
     "bitsandbytes": ("bitsandbytes", "base weights in 4 bits (model.quantization = 'nf4')"),
-    "triton": ("triton", "kernels on a GPU, which fastlora does not have yet"),
+    "triton": ("triton", "kernels on a GPU"),
     "flash-attn": ("flash_attn", "attention over packed tokens on a GPU, which fastlora does not use yet"),
     "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU, which fastlora does not use yet"),
     "vllm": ("vllm", "faster sampling on a GPU, which fastlora does not use yet"),
 }
 """Distribution -> (module, what it is for)."""
 
-IMPLEMENTATION_TITLES = {"reference": "reference", "torch": "torch", "cpp": "C++ (CPU)"}
+IMPLEMENTATION_TITLES = {"reference": "reference", "torch": "torch", "cpp": "C++ (CPU)", "triton": "Triton (GPU)"}
 RUN_ON_A_GPU: frozenset[str] = frozenset()
 """Ops whose GPU tests have passed on one; an op is added together with the result row that shows it."""
 

@@ -188,6 +188,18 @@ def _flat_mask(b_mask_nr: Mapping[str, Tensor], slots: Mapping[str, Slot], size:
     return mask
 
 
+def join_weights(layers: Sequence[nn.Linear]) -> None:
+    """Moves the weights of layers of one width into one matrix, of whose rows each keeps its own: a kernel can then read them as one.
+
+    Layers of another type (4-bit weights) and dtypes that differ are left as they are.
+    """
+    if any(type(layer) is not nn.Linear for layer in layers) or len({layer.weight.dtype for layer in layers}) > 1:
+        return
+    whole = torch.cat([layer.weight.data for layer in layers])
+    for layer, rows in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = rows
+
+
 def _build_group(
     model: nn.Module,
     names: Sequence[str],
@@ -197,7 +209,9 @@ def _build_group(
     freeze_a: bool,
     cast_to_input: bool,
 ) -> LoraGroup:
-    """Makes the group's leaves and puts its LoraLinear layers into the model."""
+    """Makes the group's leaves and puts its LoraLinear layers into the model; on a GPU joins its weights."""
+    if flat.data.device.type == "cuda":
+        join_weights([layers[name] for name in names])
     members = [slots[name] for name in names if name in slots]
     total_rank, width = sum(slot.rank for slot in members), members[0].in_features
     size_b = sum(slot.rank * slot.out_features for slot in members)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses, triton_refuses
 
 ALIGNMENT = 16
 """Elements; layouts start their blocks (a group's A, a group's B, a weight of the model) at multiples of this: 64 bytes in fp32, a
@@ -195,6 +195,19 @@ def _cpp_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor
     return torch.ops.fastlora_cpu.gradient_norms(grad, table_m6, index_k)
 
 
+def _triton_refuses(device: torch.device, *args: Any) -> str | None:
+    if reason := triton_refuses(device, *args):
+        return reason
+    return "it takes float32 only" if args and args[0].dtype != torch.float32 else None
+
+
+@_norms.add("triton", _triton_refuses)
+def _triton_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
+    from fastlora_triton import adamw_step as kernels
+
+    return kernels.gradient_norms(grad, table_m6, index_k)
+
+
 gradient_norms_op = _norms.torch_op()
 
 
@@ -248,6 +261,13 @@ _step = Dispatch("adamw_step", _reference_step)
 @_step.add("cpp", _cpp_refuses)
 def _cpp_step(*args: Any) -> None:
     torch.ops.fastlora_cpu.adamw_step(*args)
+
+
+@_step.add("triton", _triton_refuses)
+def _triton_step(*args: Any) -> None:
+    from fastlora_triton import adamw_step as kernels
+
+    kernels.adamw_step(*args)
 
 
 adamw_step_op = _step.torch_op(mutates_args=("param", "exp_avg", "exp_avg_sq"))

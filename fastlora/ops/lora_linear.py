@@ -16,7 +16,8 @@ FLOPs (forward): 2 t d Σ n_m for the base, 2 t R d + 2 t Σ r_m n_m for the ada
 adapter's once more for dA and dB, and never the 2 t d Σ n_m of a weight gradient that a trained W would need.
 
 Implementations: `reference` works module by module in PEFT's order of operations, bit for bit (peft/tuners/lora/layer.py,
-Linear.forward, and what autograd derives from it); `torch` shares one shrink GEMM and accumulates into the base GEMM's output.
+Linear.forward, and what autograd derives from it); `torch` shares one shrink GEMM and accumulates into the base GEMM's output; `triton`
+(kernels/fastlora_triton/lora_linear.py) takes the group's W as one matrix, which `lora.packed.attach` makes of them on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.nf4 import dense
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, triton_refuses
 
 
 def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
@@ -103,13 +104,65 @@ def _grouped(
     return [*outputs, h_tr.view(*x.shape[:-1], a_rd.shape[0])]
 
 
+def joined(weights_nd: Sequence[Tensor]) -> Tensor | None:
+    """The matrix [Σ n_m, d] that the W_m are adjacent rows of, or None when they lie apart."""
+    first, end = weights_nd[0], weights_nd[0].storage_offset()
+    for weight in weights_nd:
+        same = weight.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same or weight.storage_offset() != end or not weight.is_contiguous():
+            return None
+        end += weight.numel()
+    return first.as_strided((sum(_outs(weights_nd)), first.shape[1]), (first.shape[1], 1))
+
+
+def _triton_refuses(device: torch.device, *args: Any) -> str | None:
+    """Of the forward pass; every row must start on 16 bytes."""
+    if (reason := triton_refuses(device, *args)) or not args:
+        return reason
+    x, weights_nd, _, a_rd, *_, absmaxes = args
+    if absmaxes:
+        return "it takes dense weights, these are packed in 4 bits"
+    if a_rd.dtype != x.dtype:
+        return f"it runs adapter and input in one dtype, not {a_rd.dtype} beside {x.dtype}"
+    widths = [x.shape[-1], *_outs(weights_nd)]
+    if odd := [n for n in widths if n * x.element_size() % 16]:
+        return f"it needs rows of whole 16 bytes; a width of {odd[0]} is not"
+    return None if joined(weights_nd) is not None else "the weights of the group are not one matrix (lora.packed.attach joins them)"
+
+
+@_forward.add("triton", _triton_refuses)
+def _triton(
+    x: Tensor,
+    weights_nd: Sequence[Tensor],
+    biases_n: Sequence[Tensor | None],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    absmaxes: Sequence[Tensor],
+) -> list[Tensor]:
+    """h comes back as [*, P], a module's ranks rounded up to 16."""
+    from fastlora_triton import lora_linear as kernels
+
+    x_td, outs = x.reshape(-1, x.shape[-1]), _outs(weights_nd)
+    bias_n = None
+    if any(bias is not None for bias in biases_n):
+        bias_n = torch.cat([x.new_zeros(n) if bias is None else bias for bias, n in zip(biases_n, outs, strict=True)])
+    ys, h_tp = kernels.forward(x_td, joined(weights_nd), bias_n, a_rd, b_flat, outs, ranks, scales)
+    return [part.view(*x.shape[:-1], part.shape[1]) for part in (*ys, h_tp)]
+
+
 lora_linear_op = _forward.torch_op()
 
 
 @lora_linear_op.register_fake
 def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes):  # type: ignore[no-untyped-def]
     lead = x.shape[:-1]
-    return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, a_rd.shape[0], dtype=a_rd.dtype)]
+    kept = a_rd.shape[0]
+    if _forward.select(x.device, x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes).name == "triton":
+        kept = sum(-(-r // 16) * 16 for r in ranks)
+    return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, kept, dtype=a_rd.dtype)]
 
 
 def _reference_backward(
@@ -219,6 +272,41 @@ def _grouped_backward(
         db_flat.mul_(b_mask)
     da_rd = dh_tr.t().mm(x_td.to(a_rd.dtype)) if need_da else a_rd.new_empty(0)
     return (x.new_empty(0) if dx_td is None else dx_td.view(x.shape)), da_rd, db_flat
+
+
+def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if not args:
+        return triton_refuses(device)
+    _, x, h, weights_nd, a_rd, *_, ranks, _, _, _, absmaxes = args
+    if reason := _triton_refuses(device, x, weights_nd, None, a_rd, absmaxes):
+        return reason
+    kept = sum(-(-r // 16) * 16 for r in ranks)
+    return None if h.shape[-1] == kept else f"the forward pass kept h with {h.shape[-1]} columns, it needs {kept}"
+
+
+@_backward.add("triton", _triton_refuses_backward)
+def _triton_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights_nd: Sequence[Tensor],
+    a_rd: Tensor,
+    b_flat: Tensor,
+    b_mask: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    need_dx: bool,
+    need_da: bool,
+    absmaxes: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastlora_triton import lora_linear as kernels
+
+    outs = _outs(weights_nd)
+    dys_tn = [dy.reshape(-1, n).contiguous() for dy, n in zip(dys, outs, strict=True)]
+    x_td = x.reshape(-1, x.shape[-1])
+    h_tp, w_nd = h.reshape(len(x_td), h.shape[-1]), joined(weights_nd)
+    dx, da_rd, db_flat = kernels.backward(dys_tn, x_td, h_tp, w_nd, a_rd, b_flat, b_mask, outs, ranks, scales, need_dx, need_da)
+    return dx.view(x.shape) if need_dx else dx, da_rd, db_flat
 
 
 lora_linear_backward_op = _backward.torch_op()

@@ -2,8 +2,7 @@
 
 One file per op holds the formula, the schema, the torch reference, the fake (shapes only), the autograd formula, `cost()`,
 `sample_inputs()` and the public function. An op is a `torch.library` op whose body is a `Dispatch`: the reference first, faster
-implementations after it, each with a name (`torch`, `cpp`, later `triton` and `cuda`) and the reason, if any, why it
-cannot run here.
+implementations after it, each with a name (`torch`, `cpp`, `triton`, later `cuda`) and the reason, if any, why it cannot run here.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fastlora import extension
 from fastlora.errors import FastloraError
 
 NAMESPACE = "fastlora"
-NAMES = ("reference", "torch", "cpp")
+NAMES = ("reference", "torch", "cpp", "triton")
 """Implementations that can be asked for, besides `auto`."""
 
 
@@ -112,6 +112,20 @@ def cpp_refuses(device: torch.device, *args: Any) -> str | None:
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.is_floating_point() and arg.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {arg.dtype}"
+    return None
+
+
+def triton_refuses(device: torch.device, *args: Any) -> str | None:
+    """Why the Triton kernels cannot run: no triton, no GPU or an old one, a dtype besides float32, bfloat16 and float16."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return f"it runs on a GPU, the tensors are on {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
+        return f"it is made for Hopper (compute capability 9.0), this GPU has {capability[0]}.{capability[1]}"
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.dtype == torch.float64:
+            return "it takes float32, bfloat16 and float16, not torch.float64"
     return None
 
 

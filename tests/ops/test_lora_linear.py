@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.lora.packed import join_weights
 from fastlora.ops import lora_linear as module
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.registry import use_implementation
@@ -248,3 +249,16 @@ def test_these_tests_can_fail(bug: str, implementation: str, monkeypatch: pytest
         monkeypatch.setattr(module, "lora_linear_op", broken_op)
         monkeypatch.setattr(module, "_module_b", broken_split)
         assert not _matches_dense(problem)
+
+
+def test_joined_weights_are_one_matrix_without_a_copy() -> None:
+    """What the Triton kernel reads in place of three weights; apart, in another order or from two storages there is none."""
+    layers = [torch.nn.Linear(8, n) for n in (5, 3, 4)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    assert module.joined([layer.weight for layer in layers]) is None
+    join_weights(layers)
+    weights = [layer.weight for layer in layers]
+    whole = module.joined(weights)
+    assert whole is not None and torch.equal(whole, torch.cat(before)) and whole.data_ptr() == weights[0].data_ptr()
+    assert module.joined([weights[1], weights[0]]) is None and module.joined([weights[0], weights[2]]) is None
+    assert torch.equal(module.joined(weights[1:]), torch.cat(before[1:]))

@@ -1,0 +1,268 @@
+"""Compiles every Triton kernel for a GPU that is not there and holds its machine code to limits: `python -m bench.compile_gate [--json]`.
+
+Launchers run with tensors on the meta device, so that arguments, constants and divisibility are those of a real launch: the three
+projections
+groups and the head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills), shared memory
+of a CTA within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers
+within REGISTER_BAND of bench/compile_baseline.json (`--write-baseline` makes it anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.cubin import CHIPS, Machine, read
+from fastlora.ops.adamw_step import Segment, segment_table
+from fastlora_triton import adamw_step, linear_logprob, lora_linear
+from fastlora_triton.front_end import compile_for
+from fastlora_triton.launch import use_launcher
+
+BASELINE = Path(__file__).with_name("compile_baseline.json")
+REGISTER_BAND = 0.1
+"""Of the baseline: two versions of triton differ by a few per cent."""
+MATRIX_KERNELS = {
+    *("shrink_kernel", "expand_base_kernel", "rank_gradient_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
+    *("logprob_parts_kernel", "logit_gradient_kernel"),
+}
+NARROW_LOADS = {("weight_gradient_kernel", "tf32")}
+"""wgmma takes 32-bit operands with k innermost only, and here k is the token: 4-byte copies transpose on the way into shared memory."""
+TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Widths of a published decoder."""
+
+    d: int
+    query: int
+    key: int
+    mlp: int
+    vocabulary: int
+
+    def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Name -> (width of the input, outputs of the members)."""
+        return {
+            "qkv": (self.d, (self.query, self.key, self.key)),
+            "o": (self.query, (self.d,)),
+            "gate_up": (self.d, (self.mlp, self.mlp)),
+            "down": (self.mlp, (self.d,)),
+        }
+
+
+MODELS = {
+    "Qwen2.5-1.5B": Model(1536, 1536, 256, 8960, 151936),
+    "Qwen3-1.7B": Model(2048, 2048, 1024, 6144, 151936),
+    "Qwen3-8B": Model(4096, 4096, 1024, 12288, 151936),
+}
+RANKS = ((32, 32, 32), (17, 0, 3), (64, 1, 256))
+"""Even, ragged, uneven; a group of fewer members takes the first ones."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One machine code, and the first launch that asked for it."""
+
+    kernel: str
+    dtype: str
+    case: str
+    machine: Machine
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring. Status 1 when a limit is broken."""
+    arguments = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=(__doc__ or "").split("\n")[0])
+    arguments.add_argument("--json", action="store_true", help="print one JSON object last")
+    arguments.add_argument("--capability", type=int, default=90, choices=sorted(CHIPS), help="compute capability × 10")
+    arguments.add_argument("--write-baseline", action="store_true", help="take today's registers as the baseline")
+    arguments.add_argument("--docs", type=Path, help="write the table as Markdown to this file (docs/kernels.md)")
+    options = arguments.parse_args(argv)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    variants = compile_all(options.capability, console)
+    if options.write_baseline:
+        BASELINE.write_text(json.dumps(registers(variants), indent=1) + "\n")
+    failures = broken_limits(variants, options.capability)
+    header, rows = cells(variants, options.capability)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if options.docs:
+        options.docs.write_text(page(header, rows, options.capability))
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if options.json:
+        print(json.dumps(summary(variants, failures)))
+    return 1 if failures else 0
+
+
+def compile_all(capability: int, console: Console) -> list[Variant]:
+    """Every kernel in every case, each machine code once."""
+    variants: dict[tuple[str, str], Variant] = {}
+    for name, dtype, run in track(list(cases()), description=f"compiling for sm_{capability}", console=console):
+
+        def compiled(kernel: Any, grid: Sequence[int], *args: Any, case: str = name, dtype: str = dtype, **options: Any) -> None:
+            built = compile_for(capability, kernel, grid, *args, **options)
+            key = (built.metadata.name, built.hash)
+            if key not in variants:
+                variants[key] = Variant(built.metadata.name, dtype, case, read(built))
+
+        with use_launcher(compiled), tf32_allowed():
+            run()
+    return sorted(variants.values(), key=lambda v: (v.kernel, v.dtype, v.case))
+
+
+def cases() -> Iterator[tuple[str, str, Any]]:
+    """(name, dtype, call) of every launch."""
+    for model_name, model in MODELS.items():
+        for dtype_name, dtype in DTYPES.items():
+            for group, (d, outs) in model.groups().items():
+                for ranks in RANKS:
+                    members = ranks[: len(outs)]
+                    yield f"{model_name} {group} r {members}", dtype_name, lambda d=d, o=outs, r=members, t=dtype: run_lora(d, o, r, t)
+            yield f"{model_name} head", dtype_name, lambda m=model, t=dtype: run_head(m, t)
+    for entries in (None, 100_000):
+        yield f"adamw, {'all entries' if entries is None else 'an index'}", "fp32", lambda k=entries: run_optimizer(k)
+
+
+def run_lora(d: int, outs: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward and backward of a group, with a mask and without bias."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, w, a = empty(TOKENS, d), empty(sum(outs), d), empty(sum(ranks), d)
+    b = empty(sum(n * r for n, r in zip(outs, ranks, strict=True)))
+    mask = torch.empty(b.numel(), dtype=torch.bool, device="meta")
+    scales = [2.0] * len(outs)
+    ys, h = lora_linear.forward(x, w, None, a, b, outs, ranks, scales)
+    lora_linear.backward(ys, x, h, w, a, b, mask, outs, ranks, scales, True, True)
+
+
+def run_head(model: Model, dtype: torch.dtype) -> None:
+    """Log-probabilities and their gradient."""
+    h, w = (torch.empty(n, model.d, dtype=dtype, device="meta") for n in (TOKENS, model.vocabulary))
+    target = torch.empty(TOKENS, dtype=torch.long, device="meta")
+    logp, entropy, log_z = linear_logprob.forward(h, w, target, 0.9)
+    linear_logprob.backward(h, w, target, logp, entropy, entropy, log_z, 0.9)
+
+
+def run_optimizer(entries: int | None) -> None:
+    """One step and the norms of two matrices, of which all or so many entries train."""
+    segments = [Segment("a", 0, (32, 1536), transposed=False), Segment("b", 65536, (32, 8960), transposed=True)]
+    size = segments[1].offset + segments[1].numel
+    index = None if entries is None else torch.arange(entries, dtype=torch.int32)
+    table = segment_table(segments, index)
+    param, grad, exp_avg, exp_avg_sq, clip = (torch.empty(n, device="meta") for n in (size, size, entries or size, entries or size, 1))
+    index = None if index is None else index.to("meta")
+    adamw_step.adamw_step(param, grad, exp_avg, exp_avg_sq, clip, table, index, 3, 1e-4, 0.9, 0.999, 1e-8, 0.0)
+    adamw_step.gradient_norms(grad, table, index)
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Float32 is compiled for tensor cores."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def registers(variants: Sequence[Variant]) -> dict[str, int]:
+    """The most of every kernel and dtype."""
+    most: dict[str, int] = {}
+    for variant in variants:
+        key = f"{variant.kernel} {variant.dtype}"
+        most[key] = max(most.get(key, 0), variant.machine.registers)
+    return most
+
+
+def broken_limits(variants: Sequence[Variant], capability: int) -> list[str]:
+    """A sentence for each."""
+    chip, baseline = CHIPS[capability], json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    failures = []
+    for v in variants:
+        machine, matrix = v.machine, v.kernel in MATRIX_KERNELS
+        before = baseline.get(f"{v.kernel} {v.dtype}", machine.registers)
+        checks = (
+            (machine.stack_bytes > 0, f"{machine.stack_bytes} bytes of stack"),
+            (machine.shared_bytes > chip.shared_of_a_cta, f"{machine.shared_bytes} bytes of shared memory"),
+            (capability == 90 and matrix and not machine.tensor_core, "no wgmma"),
+            (capability == 90 and machine.tensor_core_of_ampere > 0, f"{machine.tensor_core_of_ampere} mma.sync"),
+            (matrix and (v.kernel, v.dtype) not in NARROW_LOADS and not machine.wide_loads, "no TMA and no 16-byte load"),
+            (machine.ctas_on_an_sm(capability) < 1, "does not fit an SM"),
+            (machine.registers > before * (1 + REGISTER_BAND), f"{machine.registers} registers, {before} in the baseline"),
+        )
+        failures += [f"{v.kernel} {v.dtype} ({v.case}): {what}" for broken, what in checks if broken]
+    return failures
+
+
+def cells(variants: Sequence[Variant], capability: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows) for people."""
+    header = (
+        "kernel",
+        "dtype",
+        "registers",
+        "stack",
+        "shared",
+        "warps",
+        "CTAs/SM",
+        "wgmma",
+        "mma.sync",
+        "TMA loads",
+        "16-byte loads",
+        "first case",
+    )
+    rows = []
+    for v in variants:
+        m, tma = v.machine, v.machine.count("UTMALDG")
+        numbers = (m.registers, m.stack_bytes, m.shared_bytes, m.warps, m.ctas_on_an_sm(capability), m.tensor_core, m.tensor_core_of_ampere)
+        rows.append((v.kernel, v.dtype, *map(str, (*numbers, tma, m.wide_loads - tma)), v.case))
+    return header, rows
+
+
+def page(header: Sequence[str], rows: Sequence[Sequence[str]], capability: int) -> str:
+    """docs/kernels.md."""
+    lines = [
+        "# Triton kernels, as compiled",
+        "",
+        f"By `python -m bench.compile_gate --docs docs/kernels.md`: triton {triton.__version__}, sm_{capability}, from the machine code. "
+        "Registers and stack are of a thread, shared memory (bytes) of a CTA. **Not run on a GPU.**",
+        "",
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summary(variants: Sequence[Variant], failures: Sequence[str]) -> dict[str, Any]:
+    """The JSON object."""
+    matrix = [v for v in variants if v.kernel in MATRIX_KERNELS]
+    return {
+        "triton": triton.__version__,
+        "kernels": len({v.kernel for v in variants}),
+        "variants": len(variants),
+        "max_stack_bytes": max(v.machine.stack_bytes for v in variants),
+        "max_shared_bytes": max(v.machine.shared_bytes for v in variants),
+        "matrix_kernels_without_hgmma": sum(not v.machine.tensor_core for v in matrix),
+        "failures": list(failures),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton kernels of fastlora's ops, one file per op under the op's name. Needs triton; a GPU only to launch."""

@@ -1,0 +1,60 @@
+"""The compile gate: today's kernels pass it, and each of its limits is seen when it is broken."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton kernels need triton")
+
+from bench import compile_gate
+from bench.compile_gate import Variant, broken_limits
+from bench.cubin import Machine
+
+GOOD = Machine(128, 0, 98304, 8, Counter({"HGMMA.64x128x16.F32.BF16": 8, "UTMALDG.2D": 2, "LDG.E.128": 1}))
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_the_limits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model here; the command takes three, which differ in nothing that the compiler sees."""
+    monkeypatch.setattr(compile_gate, "MODELS", {"Qwen2.5-1.5B": compile_gate.MODELS["Qwen2.5-1.5B"]})
+    assert compile_gate.main(["--json"]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["failures"] == [] and found["max_stack_bytes"] == 0 and found["matrix_kernels_without_hgmma"] == 0
+    assert found["kernels"] == len(compile_gate.MATRIX_KERNELS) + 5 and found["max_shared_bytes"] <= 232448
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"stack_bytes": 8}, "8 bytes of stack"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory"),
+        ({"instructions": Counter({"UTMALDG.2D": 2})}, "no wgmma"),
+        ({"instructions": GOOD.instructions + Counter({"HMMA.16816.F32.BF16": 4})}, "4 mma.sync"),
+        ({"instructions": Counter({"HGMMA.64x128x16.F32.BF16": 8, "LDG.E.U16": 64})}, "no TMA and no 16-byte load"),
+        ({"registers": 255, "warps": 16}, "does not fit an SM"),
+        ({"registers": 160}, "160 registers, 128 in the baseline"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_limit_is_seen_when_it_is_broken(
+    broken: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
+    (tmp_path / "baseline.json").write_text(json.dumps({"shrink_kernel bf16": 128}))
+    good = Variant("shrink_kernel", "bf16", "a case", GOOD)
+    assert broken_limits([good], 90) == []
+    assert f"shrink_kernel bf16 (a case): {message}" in broken_limits([replace(good, machine=replace(GOOD, **broken))], 90)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "ctas"),
+    [(32, 0, 4, 16), (128, 0, 8, 2), (255, 0, 8, 1), (64, 98304, 4, 2), (64, 116000, 4, 1), (16, 0, 1, 32), (64, 232449, 4, 0)],
+)
+def test_ctas_on_an_sm(registers: int, shared: int, warps: int, ctas: int) -> None:
+    """By hand from the limits of compute capability 9.0: 65,536 registers, 228 KiB, 64 warps, 32 CTAs."""
+    assert Machine(registers, 0, shared, warps, Counter()).ctas_on_an_sm(90) == ctas
