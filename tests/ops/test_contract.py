@@ -51,9 +51,9 @@ def _variants(spec: OpSpec) -> list[Variant]:
 
 
 def _dtypes(spec: OpSpec, variant: Variant) -> list[torch.dtype]:
-    """What the variant must take: C++ no float64, which is for proofs."""
+    """What the variant must take: C++ and Triton no float64, which is for proofs."""
     dtypes = [torch.float32, torch.float64, torch.bfloat16]
-    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation == "cpp")
+    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation in ("cpp", "triton"))
     return [dtype for dtype in dtypes if dtype not in left_out]
 
 
@@ -112,6 +112,8 @@ def _writes(argument: torch.Argument) -> bool:
 def _is_on(variant: Variant, device: torch.device) -> None:
     if variant.implementation == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernels run on the CPU")
+    if variant.implementation == "triton" and device.type != "cuda":
+        pytest.skip("the Triton kernels run on a GPU; tests/ops/test_triton_*.py run them compiled for one, on the CPU")
 
 
 def test_every_op_of_the_package_is_found() -> None:
@@ -202,7 +204,8 @@ def test_error_against_fp64_is_that_of_the_reference(spec: OpSpec, variant: Vari
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
-    ("spec", "variant"), [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation != "cpp"]
+    ("spec", "variant"),
+    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation not in ("cpp", "triton")],
 )
 def test_gradcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """Where the sample inputs ask for gradients. Masks hold entries constant, which finite differences do not: the samples run without,
@@ -251,11 +254,20 @@ def test_auto_runs_the_best_that_can(spec: OpSpec, dtype: torch.dtype) -> None:
     assert {name for op, name in ran if op == spec.name} == {wanted}
 
 
-@pytest.mark.parametrize("name", ["torch", "cpp"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [s for s in SPECS if "triton" in dispatchers[s.name].implementations], ids=lambda spec: spec.name)
+def test_triton_on_the_cpu_is_refused_by_name(spec: OpSpec) -> None:
+    arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
+    with use_implementation("triton"), pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'triton' .* runs on a GPU"):
+        _run(spec, _clone(arguments))
+
+
+WITHOUT = [(spec, name) for spec in SPECS for name in ("torch", "cpp", "triton") if name not in dispatchers[spec.name].implementations]
+
+
+@pytest.mark.parametrize(("spec", "name"), WITHOUT, ids=[_id(spec.name, name) for spec, name in WITHOUT])
 def test_ops_without_the_forced_implementation_stay_on_auto(spec: OpSpec, name: str) -> None:
-    if name in dispatchers[spec.name].implementations:
-        pytest.skip(f"{spec.name} has an implementation {name}")
+    if name == "cpp" and extension.missing():
+        pytest.skip("no extension: 'cpp' is refused at once")
     arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
     on_auto = _what_ran(spec, arguments)
     with use_implementation(name):
