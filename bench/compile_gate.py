@@ -1,9 +1,8 @@
 """Compiles every Triton kernel for a GPU that is not there and holds its machine code to limits: `python -m bench.compile_gate [--json]`.
 
 Launchers run with tensors on the meta device, so that arguments, constants and divisibility are those of a real launch: the three
-projections
-groups and the head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills), shared memory
-of a CTA within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers
+projections groups and the head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills),
+shared memory of a CTA within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers
 within REGISTER_BAND of bench/compile_baseline.json (`--write-baseline` makes it anew).
 """
 
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from bench.cubin import CHIPS, Machine, read
 from fastlora.ops.adamw_step import Segment, segment_table
-from fastlora_triton import adamw_step, linear_logprob, lora_linear
+from fastlora_triton import adamw_step, linear_logprob, logprob_rows, lora_linear
 from fastlora_triton.front_end import compile_for
 from fastlora_triton.launch import use_launcher
 
@@ -158,6 +157,9 @@ def run_head(model: Model, dtype: torch.dtype) -> None:
     target = torch.empty(TOKENS, dtype=torch.long, device="meta")
     logp, entropy, log_z = linear_logprob.forward(h, w, target, 0.9)
     linear_logprob.backward(h, w, target, logp, entropy, entropy, log_z, 0.9)
+    z = torch.empty(256, model.vocabulary, dtype=dtype, device="meta")
+    logp, entropy, log_z = logprob_rows.forward(z, target[:256], 0.9, True)
+    logprob_rows.backward_(z, target[:256], logp, entropy, log_z, entropy, 0.9)
 
 
 def run_optimizer(entries: int | None) -> None:

@@ -1,7 +1,7 @@
 """What a compiled kernel needs of an SM and which instructions it has, read from its machine code: no GPU, no driver.
 
-The disassemblers are those that triton brings along. cuobjdump reports spills as stack. Shared memory that is asked for at launch stands
-in triton's metadata only.
+The disassemblers are those that triton brings along. cuobjdump reports spills as stack. Shared memory that is asked for at launch stands in
+triton's metadata only.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def targets_part(rows: Sequence[Row], device: str, docs: Path) -> str:
         bound = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
         lines.append((target.what, f"{value:.4g}", bound, "met" if target.met(value) else "**missed**"))
     work = f"{numbers['shape']}. FLOPs of LoRA over full fine-tuning: {numbers['flop_ratio']:.3f}.\n"
-    return f"{work}\n{markdown(('what', 'measured', 'target', ''), lines)}"
+    newer = "".join(f"\nMeasured again: {part} (commit {str(of)[:12]}).\n" for part, of in numbers.get("again", {}).items())
+    return f"{work}\n{markdown(('what', 'measured', 'target', ''), lines)}{newer}"
 
 
 def contenders_part(rows: Sequence[Row], device: str, docs: Path) -> str:

@@ -1,7 +1,7 @@
 """The matrix products of one LoRA update and nothing else: what the machine's GEMMs take for them, in a contender's clothes.
 
-It runs in turns with our update, so that a neighbour on the machine slows both; timed once at the end, the peak moved by a third within
-an hour (LOG.md). Each shape takes torch.mm with the faster layout of its right operand, found while loading, and one set of operands.
+It runs in turns with our update, so that a neighbour on the machine slows both; timed once at the end, the peak moved by a third within an
+hour (LOG.md). Each shape takes torch.mm with the faster layout of its right operand, found while loading, and one set of operands.
 """
 
 from __future__ import annotations

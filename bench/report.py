@@ -98,15 +98,13 @@ def summary(measured: Measured) -> dict[str, Any]:
         "flop_ratio": measured.lora.flops / measured.full.flops,
         "memory_ratio_default": ours.peak_bytes / default.peak_bytes,
         "memory_ratio_best": ours.peak_bytes / small.peak_bytes,
-        "gemm_share_bf16": gemm_share(measured, "bfloat16"),
-        "gemm_share_fp32": gemm_share(measured, "float32"),
+        **gemm_numbers(measured.lora, measured.gemms),
         "step_speedup": speedup(steps["default"]),
         "step_speedup_best": speedup(steps["best"]),
-        **error_ratios(measured),
+        **error_ratios(measured.errors),
         "gradient_cosines": dict(measured.cosines),
         "contenders": [{"name": result.contender.name, **result.summary()} for result in races],
         "trials": [{"name": result.contender.name, **result.summary()} for result in measured.trials],
-        "gemm_peak_gflops": {dtype: measured.peak(dtype) / 1e9 for dtype in measured.gemms},
         "gflop": {"lora": measured.lora.flops / 1e9, "attention": measured.lora.attention_flops / 1e9, "full": measured.full.flops / 1e9},
         "shape": measured.shape,
         "threads": measured.threads,
@@ -120,17 +118,25 @@ def speedup(race: Sequence[Result]) -> float:
     return race[-1].median / race[0].median
 
 
-def gemm_share(measured: Measured, dtype: DType) -> float:
-    """Useful FLOPs (products and attention) over what the machine's GEMMs do in the time of our update, both of one race."""
-    return measured.lora.flops / (measured.gemms[dtype][0].median * measured.peak(dtype))
+def gemm_numbers(lora: Work, gemms: Mapping[DType, Sequence[Result]]) -> dict[str, Any]:
+    """Share of the GEMM peak: useful FLOPs (products and attention) over what the machine's GEMMs do in the time of our update, both of one
+    race; and the peaks."""
+    found: dict[str, Any] = {"gemm_peak_gflops": {}}
+    suffixes: dict[DType, str] = {"bfloat16": "bf16", "float32": "fp32"}
+    for dtype, suffix in suffixes.items():
+        ours, products = gemms[dtype]
+        peak = lora.gemm_flops / products.median
+        found[f"gemm_share_{suffix}"] = lora.flops / (ours.median * peak)
+        found["gemm_peak_gflops"][dtype] = peak / 1e9
+    return found
 
 
-def error_ratios(measured: Measured) -> dict[str, Any]:
+def error_ratios(errors: Mapping[DType, tuple[Errors, Errors]]) -> dict[str, Any]:
     """Ours over TRL + PEFT's; bf16 without a suffix, and the errors themselves."""
     found: dict[str, Any] = {"errors": {}}
     suffixes: dict[DType, str] = {"bfloat16": "", "float32": "_fp32"}
     for dtype, suffix in suffixes.items():
-        ours, theirs = measured.errors[dtype]
+        ours, theirs = errors[dtype]
         found[f"logprob_error_ratio{suffix}"] = ours.logp / theirs.logp
         found[f"gradient_error_ratio{suffix}"] = ours.gradient / theirs.gradient
         found["errors"][dtype] = {
@@ -179,6 +185,17 @@ def write_rows(measured: Measured, folder: Path) -> Path:
     with path.with_name("train_step_summary.jsonl").open("a") as file:
         file.write(json_line(measured) + "\n")
     return path
+
+
+def merge_summary(numbers: Mapping[str, Any], parts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The newest summary of this device with `numbers` in place of its own, appended as a row (returned); `again` says which parts are newer
+    than the rest, and of which commit. Raises FileNotFoundError when nothing was measured here before."""
+    path = folder / device_slug() / "train_step_summary.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    merged = {**last, **numbers, "again": {**last.get("again", {}), **dict.fromkeys(parts, commit())}}
+    with path.open("a") as file:
+        file.write(json.dumps(merged) + "\n")
+    return merged
 
 
 def print_tables(measured: Measured, console: Console) -> None:

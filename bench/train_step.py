@@ -7,6 +7,8 @@
     errors    against fp64, same dtype
     peak      the matrix products of the update and nothing else, in turns with our update
 
+`--again gemms errors` measures these parts alone and puts them into the newest summary of this device.
+
 Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object (see `report.summary`). Result rows are
 written to OUT/DEVICE/train_step.jsonl.
 """
@@ -14,6 +16,7 @@ written to OUT/DEVICE/train_step.jsonl.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +31,12 @@ from rich.status import Status
 from bench.accuracy import measure_errors
 from bench.command_line import parser, positive
 from bench.contender import Contender
+from bench.double import Errors
 from bench.gate import GateError, check_gradients
 from bench.gemm_side import works
 from bench.race import Result, WorkerError, race
 from bench.record import write_workload
-from bench.report import Measured, json_line, print_tables, write_rows
+from bench.report import Measured, error_ratios, gemm_numbers, json_line, merge_summary, print_tables, write_rows
 from bench.workload import MODEL, RANK, DType
 from fastlora.types import Rollout
 
@@ -46,6 +50,7 @@ TRL_DEFAULT = Contender("trl")
 TRL_SMALL = Contender("trl", "bfloat16", 4)
 """The thriftiest that one would choose: memory_ratio_best is against this."""
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+PARTS = ("gemms", "errors")
 MICRO_BATCHES = (16, 8, 2)
 TRL_SEARCH: Axes = {"dtype": ["float32"], "micro_batch": MICRO_BATCHES}
 PLAIN_SEARCH: Axes = {"dtype": ["float32"], "micro_batch": MICRO_BATCHES, "compiled": [True]}
@@ -63,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastlora-bench-") as scratch, console.status("starting") as status:
         say = speaker(console, status)
         try:
+            if options.again:
+                numbers = measure_again(options.again, Path(scratch), options.pairs, options.threads, say)
+                print(json.dumps(merge_summary(numbers, options.again, options.out)))
+                return 0
             measured = measure(Path(scratch), options.pairs, options.threads, say)
         except (GateError, WorkerError) as error:
             console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
@@ -79,6 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     command = parser("bench.train_step", __doc__)
     command.add_argument("--pairs", type=positive, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
+    command.add_argument(
+        "--again", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"only {' or '.join(PARTS)}, into the last summary"
+    )
     return command.parse_args(argv)
 
 
@@ -113,8 +125,6 @@ def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
     step_races = {"default": (OURS, TRL_DEFAULT), "best": (OURS, trl_best)}
     updates = {name: race(rivals, folder, threads, pairs, say) for name, rivals in update_races.items()}
     steps = {name: race([replace(r, work="step") for r in rivals], folder, threads, pairs, say) for name, rivals in step_races.items()}
-    gemm_races = {dtype: (replace(OURS, dtype=dtype), Contender("gemm", dtype)) for dtype in DTYPES}
-    gemms = {dtype: race(rivals, folder, threads, pairs, say) for dtype, rivals in gemm_races.items()}
     lora, full = works(rollout)
     return Measured(
         shape=describe(rollout),
@@ -123,11 +133,34 @@ def measure(folder: Path, pairs: int, threads: int, say: Say) -> Measured:
         trials=[*trl_trials, *plain_trials],
         updates=updates,
         steps=steps,
-        errors={dtype: measure_errors(dtype, say) for dtype in DTYPES},
-        gemms=gemms,
+        errors=race_errors(say),
+        gemms=race_gemms(folder, threads, pairs, say),
         lora=lora,
         full=full,
     )
+
+
+def measure_again(parts: Sequence[str], folder: Path, pairs: int, threads: int, say: Say) -> dict[str, Any]:
+    """The numbers of the summary that these parts give."""
+    torch.set_num_threads(threads)
+    numbers: dict[str, Any] = {}
+    if "gemms" in parts:
+        say("recording the rollout")
+        lora, _ = works(write_workload(folder))
+        numbers |= gemm_numbers(lora, race_gemms(folder, threads, pairs, say))
+    if "errors" in parts:
+        numbers |= error_ratios(race_errors(say))
+    return numbers
+
+
+def race_gemms(folder: Path, threads: int, pairs: int, say: Say) -> dict[DType, list[Result]]:
+    """(our update, its products alone) in turns."""
+    return {dtype: race((replace(OURS, dtype=dtype), Contender("gemm", dtype)), folder, threads, pairs, say) for dtype in DTYPES}
+
+
+def race_errors(say: Say) -> dict[DType, tuple[Errors, Errors]]:
+    """(ours, TRL + PEFT's) against fp64."""
+    return {dtype: measure_errors(dtype, say) for dtype in DTYPES}
 
 
 def search(start: Contender, axes: Axes, folder: Path, threads: int, say: Say) -> list[Result]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, cpp_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, cpp_refuses, triton_refuses
 
 
 def _scaled(z_tv: Tensor, temperature: float) -> Tensor:
@@ -52,6 +52,13 @@ _forward = Dispatch("logprob_rows", _reference)
 @_forward.add("cpp", cpp_refuses)
 def _cpp(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fastlora_cpu.logprob_rows_forward(z_tv.contiguous(), targets_t.contiguous(), temperature, with_entropy)
+
+
+@_forward.add("triton", triton_refuses)
+def _triton(z_tv: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from fastlora_triton import logprob_rows as kernels
+
+    return kernels.forward(z_tv.contiguous(), targets_t.contiguous(), temperature, with_entropy)
 
 
 logprob_rows_op = _forward.torch_op()
@@ -93,6 +100,22 @@ def _cpp_backward(
     torch.ops.fastlora_cpu.logprob_rows_backward_(
         z_tv, targets_t.contiguous(), dlogp_t.contiguous(), dentropy_t, log_z_t.contiguous(), entropy_t.contiguous(), temperature
     )
+
+
+def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if (reason := triton_refuses(device, *args)) or not args:
+        return reason
+    return None if args[0].is_contiguous() else "it overwrites contiguous logits only"
+
+
+@_backward.add("triton", _triton_refuses_backward)
+def _triton_backward(
+    z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
+) -> None:
+    from fastlora_triton import logprob_rows as kernels
+
+    vectors = [None if x is None else x.contiguous() for x in (targets_t, dlogp_t, dentropy_t, log_z_t, entropy_t)]
+    kernels.backward_(z_tv, *vectors, temperature)
 
 
 logprob_rows_backward_op = _backward.torch_op(mutates_args=("z_tv",))

@@ -116,7 +116,7 @@ def joined(weights_nd: Sequence[Tensor]) -> Tensor | None:
 
 
 def _triton_refuses(device: torch.device, *args: Any) -> str | None:
-    """Of the forward pass; every row must start on 16 bytes."""
+    """Of the forward pass; the kernels count on rows that start on 16 bytes."""
     if (reason := triton_refuses(device, *args)) or not args:
         return reason
     x, weights_nd, _, a_rd, *_, absmaxes = args
@@ -125,8 +125,8 @@ def _triton_refuses(device: torch.device, *args: Any) -> str | None:
     if a_rd.dtype != x.dtype:
         return f"it runs adapter and input in one dtype, not {a_rd.dtype} beside {x.dtype}"
     widths = [x.shape[-1], *_outs(weights_nd)]
-    if odd := [n for n in widths if n * x.element_size() % 16]:
-        return f"it needs rows of whole 16 bytes; a width of {odd[0]} is not"
+    if odd := [n for n in widths if n % 8]:
+        return f"it needs widths that are multiples of 8, not {odd[0]}"
     return None if joined(weights_nd) is not None else "the weights of the group are not one matrix (lora.packed.attach joins them)"
 
 

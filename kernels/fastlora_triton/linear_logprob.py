@@ -2,9 +2,9 @@
 
     z_tv = h_td W_vdᵀ / T        log Z_t = log Σ_v e^z        logp_t = z_t,target − log Z_t        entropy_t = log Z_t − Σ_v p z
 
-Forward: a program holds a tile of rows and one part of the vocabulary; it walks over its vocabulary tiles with a running maximum m, Σ
-e^(z − m) and Σ e^(z − m) z (Milakov & Gimelshein 2018, algorithm 3). Parts are joined by `join_parts_kernel`. Gradient, with
-g_t = dℓ/dlogp and e_t = dℓ/dentropy:
+Forward: a program holds a tile of rows and one part of the vocabulary; it walks over its vocabulary tiles with a running maximum m, Σ e^(z
+− m) and Σ e^(z − m) z (Milakov & Gimelshein 2018, algorithm 3). Parts are joined by `join_parts_kernel`. Gradient, with g_t = dℓ/dlogp and
+e_t = dℓ/dentropy:
 
     dz_tv = (g_t (1[v = target] − p_tv) − e_t p_tv (log p_tv + entropy_t)) / T        dh_td = Σ_v dz_tv W_vd
 

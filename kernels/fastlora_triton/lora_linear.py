@@ -6,11 +6,11 @@
     dx = Σ_m dy_m W_m + dH A_cat                     input_gradient_kernel
     dA = dHᵀ x,  dB_mᵀ = s_m H_mᵀ dy_m               weight_gradient_kernel  split over t, then summed in a fixed order
 
-W is the matrix [Σ n_m, d] of all members; P and the tables: group_layout.py. Operands are float32 (as TF32 or IEEE), bfloat16 or
-float16, sums float32. d, n_m and the starts of all tensors are multiples of 16 bytes: `refuses` says so by name.
+W is the matrix [Σ n_m, d] of all members; P and the tables: group_layout.py. Operands are float32 (as TF32 or IEEE), bfloat16 or float16,
+sums float32. d and n_m are multiples of 8 and all tensors start on 16 bytes: the op refuses others by name.
 
-Numbers that follow from t are not specialised on (do_not_specialize): packed batches have a new t at every step, and Triton would
-compile anew for t = 1 and for multiples of 16.
+Numbers that follow from t are not specialised on (do_not_specialize): packed batches have a new t at every step, and Triton would compile
+anew for t = 1 and for multiples of 16.
 
 Not run on a GPU: compiled for sm_90 and run on a CPU (tests/ops/test_triton_lora_linear.py).
 """

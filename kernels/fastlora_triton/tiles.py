@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 PROGRAMS_OF_TWO_WAVES = 2 * 132
-"""Weight gradients are split over tokens until there are so many programs: two for every SM of an H100. Each split writes its float32
-sums once and they are read once, so that more than needed cost bytes."""
+"""Weight gradients are split over tokens until there are so many programs: two for every SM of an H100. Each split writes its float32 sums
+once and they are read once, so that more than needed cost bytes."""
 
 Precision = Literal["ieee", "tf32"]
 
@@ -33,9 +33,9 @@ class Tiles:
 
 
 SM90_HALF = Tiles(t=128, n=128, k=64, r=64, shrink_t=64, v=256, warps=8, stages=3, precision="ieee")
-"""128 × 128 accumulators over two warp groups: 64 registers of sums a thread, two 64 × 128 wgmma; k 64 = one 128-byte swizzle row; 3
-stages of 32 KB leave room for two CTAs on an SM. shrink_t 64: 8,192 tokens make 128 programs, about one for every SM; it reads x once.
-v 256: 128 × 256 logits in 255 registers without a spill, 85 FLOP for a byte from L2 where 128 × 128 has 64."""
+"""128 × 128 accumulators over two warp groups: 64 registers of sums a thread, two 64 × 128 wgmma; k 64 = one 128-byte swizzle row; 3 stages
+of 32 KB leave room for two CTAs on an SM. shrink_t 64: 8,192 tokens make 128 programs, about one for every SM; it reads x once. v 256: 128
+× 256 logits in 255 registers without a spill, 85 FLOP for a byte from L2 where 128 × 128 has 64."""
 
 SM90_FLOAT = Tiles(t=128, n=64, k=32, r=64, shrink_t=64, v=64, warps=4, stages=3, precision="tf32")
 """Twice the bytes an element: half of n and k for the same shared memory."""

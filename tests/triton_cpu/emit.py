@@ -1,8 +1,8 @@
 """TTIR, the hardware-independent form in which Triton's compiler holds a kernel, as C++ that computes the same on a CPU.
 
 What is translated is the compiler's own output for the GPU target (argument specialisation, type rules, all passes on TTIR), printed as
-text. A tensor becomes an array, an operation a loop over its elements. TTIR has neither layouts nor shared memory nor barriers:
-what goes wrong below it can be seen on a GPU only.
+text. A tensor becomes an array, an operation a loop over its elements. TTIR has neither layouts nor shared memory nor barriers: what goes
+wrong below it can be seen on a GPU only.
 
 An operation is one line of text, or a line that opens a region; `_OPERATIONS` has a pattern and a method for each. One that is not there
 raises NotImplementedError with its line.
