@@ -188,8 +188,8 @@ def write_rows(measured: Measured, folder: Path) -> Path:
 
 
 def merge_summary(numbers: Mapping[str, Any], parts: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The newest summary of this device with `numbers` in place of its own, appended as a row (returned); `again` says which parts are newer
-    than the rest, and of which commit. Raises FileNotFoundError when nothing was measured here before."""
+    """The newest summary of this device with `numbers` in place of its own, appended as a row (returned); `again` says which parts are
+    newer than the rest, and of which commit. Raises FileNotFoundError when nothing was measured here before."""
     path = folder / device_slug() / "train_step_summary.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])
     merged = {**last, **numbers, "again": {**last.get("again", {}), **dict.fromkeys(parts, commit())}}

@@ -14,7 +14,7 @@ from bench.accuracy import Errors
 from bench.contender import Contender
 from bench.gemm_peak import Work
 from bench.race import Result
-from bench.report import TARGETS, Measured, json_line, print_tables, summary, write_rows
+from bench.report import TARGETS, Measured, json_line, merge_summary, print_tables, summary, write_rows
 
 REQUIRED = {
     *("update_speedup_default", "update_speedup_best", "update_speedup_plain", "full_finetune_ratio", "flop_ratio"),
@@ -97,6 +97,16 @@ def test_rows_are_appended(tmp_path: Path) -> None:
     assert (rows[0]["x_baseline"], rows[1]["x_baseline"]) == (5.0, 1.0)
     full = next(row for row in rows if row["implementation"].endswith("full"))
     assert full["gflop_per_s"] == pytest.approx(1e-6), "full fine-tuning has its own FLOPs"
+
+
+def test_parts_measured_again_go_into_the_last_summary(tmp_path: Path) -> None:
+    """As a new line, which says what is newer than the rest."""
+    summaries = write_rows(measured(), tmp_path).with_name("train_step_summary.jsonl")
+    merged = merge_summary({"gemm_share_bf16": 0.9}, ["gemms"], tmp_path)
+    first, last = (json.loads(line) for line in summaries.read_text().splitlines())
+    assert last == merged and last["again"].keys() == {"gemms"} and last["gemm_share_bf16"] == 0.9
+    assert {name for name in last if last[name] != first.get(name)} == {"gemm_share_bf16", "again"}
+    assert merge_summary({}, ["errors"], tmp_path)["again"].keys() == {"gemms", "errors"}
 
 
 def test_tables_show_every_contender_and_every_target() -> None:
