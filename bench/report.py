@@ -80,10 +80,6 @@ class Measured:
     gemms: Mapping[DType, Sequence[Result]]
     """(ours, the products of our update and nothing else)."""
 
-    def peak(self, dtype: DType) -> float:
-        """FLOP/s of the update's products, one after the other."""
-        return self.lora.gemm_flops / self.gemms[dtype][1].median
-
 
 def summary(measured: Measured) -> dict[str, Any]:
     """The JSON object: ratios of medians of one race each, never of two."""
@@ -149,6 +145,7 @@ def error_ratios(errors: Mapping[DType, tuple[Errors, Errors]]) -> dict[str, Any
 def result_rows(measured: Measured) -> Iterator[dict[str, Any]]:
     """One row per contender of every race."""
     device, commit_id = device_name(), commit()
+    peaks = gemm_numbers(measured.lora, measured.gemms)["gemm_peak_gflops"]
     for op, races in (("train_step.update", measured.updates), ("train_step.step", measured.steps)):
         baseline = races["default"][-1].median
         for name, race in races.items():
@@ -169,7 +166,7 @@ def result_rows(measured: Measured) -> Iterator[dict[str, Any]]:
                     "p80": result.percentile(80),
                     "gflop_per_s": None if rate is None else rate / 1e9,
                     "gb_per_s": None,  # a whole update has no compulsory traffic that would mean anything; bench/ops.py has it by op
-                    "share_of_peak": None if rate is None else rate / measured.peak(contender.dtype),
+                    "share_of_peak": None if rate is None else rate / 1e9 / peaks[contender.dtype],
                     "x_baseline": baseline / result.median,
                     "peak_bytes": result.peak_bytes,
                     "commit": commit_id,

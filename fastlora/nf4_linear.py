@@ -32,14 +32,19 @@ class Nf4Linear(nn.Linear):
         return lora_linear(x, [self.weight], [self.bias], a_rd, b_flat, [0], [0.0], None, [self.absmax])[0]
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> linear layer of the decoder, dense or packed; the output head is left out."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Nf4Linear) and module is not head}
+
+
 @torch.no_grad()
 def quantize_projections(model: nn.Module) -> None:
     """Packs every linear layer of the decoder, one after another; embedding and output head stay as they are.
 
     Raises QuantizationError, which names the layer that cannot be packed.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    dense = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    dense = list(linear_layers(model).items())
     while dense:  # nobody else holds them: a dense weight is freed before the next one is packed
         name, layer = dense.pop(0)
         try:

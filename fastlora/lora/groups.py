@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import FastloraError
 from fastlora.lora.patterns import ProjectionShape
-from fastlora.nf4_linear import Nf4Linear
+from fastlora.nf4_linear import Nf4Linear, linear_layers
 from fastlora.ops.lora_linear import lora_linear
 
 
@@ -151,8 +151,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise AttachError(f"{type(model).__name__} already has an adapter: a second one would adapt the first. Load the model afresh")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Nf4Linear) and module is not head}
+    found = linear_layers(model)
     if not found:
         raise AttachError(f"{type(model).__name__} has no nn.Linear projection besides its head: LoRA has nowhere to go")
     return found

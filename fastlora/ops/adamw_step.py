@@ -25,7 +25,7 @@ nearer to the formula than torch is; in bits they differ from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,11 +180,18 @@ def _reference_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> 
     return torch.stack(norms) if norms else grad.new_empty(0)
 
 
-def _cpp_refuses(device: torch.device, *args: Any) -> str | None:
-    """As `cpp_refuses`, and float32 only: master weights and moments are never bfloat16."""
-    if reason := cpp_refuses(device, *args):
-        return reason
-    return "it takes float32 only" if args and args[0].dtype != torch.float32 else None
+def _float32_only(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`refuses`, and float32 only: master weights and moments are never bfloat16."""
+
+    def stricter(device: torch.device, *args: Any) -> str | None:
+        if reason := refuses(device, *args):
+            return reason
+        return "it takes float32 only" if args and args[0].dtype != torch.float32 else None
+
+    return stricter
+
+
+_cpp_refuses, _triton_refuses = _float32_only(cpp_refuses), _float32_only(triton_refuses)
 
 
 _norms = Dispatch("gradient_norms", _reference_norms)
@@ -193,12 +200,6 @@ _norms = Dispatch("gradient_norms", _reference_norms)
 @_norms.add("cpp", _cpp_refuses)
 def _cpp_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Tensor:
     return torch.ops.fastlora_cpu.gradient_norms(grad, table_m6, index_k)
-
-
-def _triton_refuses(device: torch.device, *args: Any) -> str | None:
-    if reason := triton_refuses(device, *args):
-        return reason
-    return "it takes float32 only" if args and args[0].dtype != torch.float32 else None
 
 
 @_norms.add("triton", _triton_refuses)

@@ -15,7 +15,7 @@ The tile z [t, v] is the only thing of that size; `linear_logprob` and `losses.o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,13 +86,18 @@ def _reference_backward(
 _backward = Dispatch("logprob_rows_backward", _reference_backward)
 
 
-def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
-    if (reason := cpp_refuses(device, *args)) or not args:
-        return reason
-    return None if args[0].is_contiguous() else "it overwrites contiguous logits only"
+def _contiguous_only(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`refuses`, and contiguous logits only: they are overwritten."""
+
+    def stricter(device: torch.device, *args: Any) -> str | None:
+        if (reason := refuses(device, *args)) or not args:
+            return reason
+        return None if args[0].is_contiguous() else "it overwrites contiguous logits only"
+
+    return stricter
 
 
-@_backward.add("cpp", _cpp_refuses_backward)
+@_backward.add("cpp", _contiguous_only(cpp_refuses))
 def _cpp_backward(
     z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
 ) -> None:
@@ -102,13 +107,7 @@ def _cpp_backward(
     )
 
 
-def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
-    if (reason := triton_refuses(device, *args)) or not args:
-        return reason
-    return None if args[0].is_contiguous() else "it overwrites contiguous logits only"
-
-
-@_backward.add("triton", _triton_refuses_backward)
+@_backward.add("triton", _contiguous_only(triton_refuses))
 def _triton_backward(
     z_tv: Tensor, targets_t: Tensor, dlogp_t: Tensor, dentropy_t: Tensor | None, log_z_t: Tensor, entropy_t: Tensor, temperature: float
 ) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastlora.nf4 import dense
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, triton_refuses
+from fastlora_triton.group_layout import rank_columns
 
 
 def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
@@ -161,7 +162,7 @@ def _(x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes):  
     lead = x.shape[:-1]
     kept = a_rd.shape[0]
     if _forward.select(x.device, x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes).name == "triton":
-        kept = sum(-(-r // 16) * 16 for r in ranks)
+        kept = rank_columns(ranks)
     return [x.new_empty(*lead, w.shape[0]) for w in weights_nd] + [x.new_empty(*lead, kept, dtype=a_rd.dtype)]
 
 
@@ -280,7 +281,7 @@ def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
     _, x, h, weights_nd, a_rd, *_, ranks, _, _, _, absmaxes = args
     if reason := _triton_refuses(device, x, weights_nd, None, a_rd, absmaxes):
         return reason
-    kept = sum(-(-r // 16) * 16 for r in ranks)
+    kept = rank_columns(ranks)
     return None if h.shape[-1] == kept else f"the forward pass kept h with {h.shape[-1]} columns, it needs {kept}"
 
 

@@ -12,6 +12,7 @@ modules and every load starts on 16 bytes: P = Σ ⌈r_m / 16⌉ 16. Ranks 3, 0,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -26,7 +27,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def rank_columns(ranks: tuple[int, ...]) -> int:
+def rank_columns(ranks: Sequence[int]) -> int:
     """P: columns of H."""
     return sum(_round_up(r, RANK_STEP) for r in ranks)
 
@@ -59,7 +60,7 @@ def group_layout(
         return torch.tensor(values, dtype=dtype, device=device)
 
     return GroupLayout(
-        sum(padded),
+        rank_columns(ranks),
         table(row_of_column),
         table(modules),
         table(scales, torch.float32),
@@ -68,7 +69,7 @@ def group_layout(
     )
 
 
-def _starts(sizes: list[int] | tuple[int, ...]) -> list[int]:
+def _starts(sizes: Sequence[int]) -> list[int]:
     return [0, *accumulate(sizes)][:-1]
 
 
@@ -94,11 +95,9 @@ def weight_jobs(
 ) -> WeightJobs:
     """dB_m first, then dA (d = 0: none), in the order of b_flat and a_rd."""
     columns = _starts([_round_up(r, RANK_STEP) for r in ranks])
-    size_of_b = sum(n * r for n, r in zip(outs, ranks, strict=True))
-    products = [
-        (0, 1 + m, columns[m], n, first, scales[m], ranks[m])
-        for m, (n, first) in enumerate(zip(outs, _starts([n * r for n, r in zip(outs, ranks, strict=True)]), strict=True))
-    ]
+    sizes = [n * r for n, r in zip(outs, ranks, strict=True)]
+    size_of_b = sum(sizes)
+    products = [(0, 1 + m, columns[m], outs[m], first, scales[m], ranks[m]) for m, first in enumerate(_starts(sizes))]
     if d:
         products += [(1, 0, columns[m], d, size_of_b + d * row, 1.0, ranks[m]) for m, row in enumerate(_starts(ranks))]
     table, factors = [], []

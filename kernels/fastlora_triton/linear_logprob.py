@@ -29,6 +29,15 @@ OUTSIDE = tl.constexpr(-1e30)
 """Logit behind the vocabulary's end: its e^(z − m) is 0, and 0 · z stays 0, which −inf would make NaN."""
 
 
+@triton.jit
+def _logits(h_desc, w_desc, t0, v0, d, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """h Wᵀ [BLOCK_T, BLOCK_V] from row t0 and vocabulary entry v0, before the temperature."""
+    z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for k0 in range(0, d, BLOCK_K):
+        z = tl.dot(h_desc.load([t0, k0]), w_desc.load([v0, k0]).T, z, input_precision=PRECISION)
+    return z
+
+
 @triton.jit(do_not_specialize=["T", "v_of_a_part"])
 def logprob_parts_kernel(
     h_desc,  # [T, d], blocks [BLOCK_T, BLOCK_K]
@@ -54,9 +63,7 @@ def logprob_parts_kernel(
     weighted = tl.zeros((BLOCK_T,), tl.float32)
     at_target = tl.full((BLOCK_T,), OUTSIDE, tl.float32)
     for v0 in range(part * v_of_a_part, min((part + 1) * v_of_a_part, V), BLOCK_V):
-        z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-        for k0 in range(0, d, BLOCK_K):
-            z = tl.dot(h_desc.load([t0, k0]), w_desc.load([v0, k0]).T, z, input_precision=PRECISION)
+        z = _logits(h_desc, w_desc, t0, v0, d, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION)
         z = tl.where((v0 + v < V)[None, :], z * inverse_temperature, OUTSIDE)
         at_target = tl.maximum(at_target, tl.max(tl.where(v[None, :] == (target - v0)[:, None], z, OUTSIDE), axis=1))
         higher = tl.maximum(top, tl.max(z, axis=1))
@@ -152,9 +159,7 @@ def logit_gradient_kernel(
 ):
     t0, slab0 = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
     v0 = first_v + slab0
-    z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for k0 in range(0, d, BLOCK_K):
-        z = tl.dot(h_desc.load([t0, k0]), w_desc.load([v0, k0]).T, z, input_precision=PRECISION)
+    z = _logits(h_desc, w_desc, t0, v0, d, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION)
     t, v = t0 + tl.arange(0, BLOCK_T), v0 + tl.arange(0, BLOCK_V)
     there = t < T
     log_z = tl.load(log_z_ptr + t, mask=there, other=0.0)

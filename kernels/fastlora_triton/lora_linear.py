@@ -25,9 +25,31 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_triton.group_layout import GroupLayout, group_layout, weight_jobs
+from fastlora_triton.group_layout import RANK_STEP, GroupLayout, group_layout, weight_jobs
 from fastlora_triton.launch import launch
 from fastlora_triton.tiles import PROGRAMS_OF_TWO_WAVES, Tiles, tiles_for
+
+ROW_GROUP = 8
+"""Row tiles that run together: their x (or dy) and W tiles meet in L2."""
+
+
+@triton.jit
+def _tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones."""
+    together = ROW_GROUP * column_tiles
+    first_row_tile = tl.program_id(0) // together * ROW_GROUP
+    rows_here = min(row_tiles - first_row_tile, ROW_GROUP)
+    within = tl.program_id(0) % together
+    return first_row_tile + within % rows_here, within // rows_here
+
+
+@triton.jit
+def _module(modules_ptr, m):
+    """(first column of P, rank rounded up, rank, n, first element of B) of a module, with what is known of their divisors."""
+    row = modules_ptr + 6 * m
+    first_column, padded_rank = tl.multiple_of(tl.load(row), 16), tl.multiple_of(tl.load(row + 1), 16)
+    n, b0 = tl.multiple_of(tl.load(row + 3), 8), tl.multiple_of(tl.load(row + 5), 8)
+    return first_column, padded_rank, tl.load(row + 2), n, b0
 
 
 @triton.jit
@@ -76,25 +98,15 @@ def expand_base_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANK_STEP: tl.constexpr,
-    ROW_GROUP: tl.constexpr,  # row tiles that run together: their x and W tiles meet in L2
+    ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(T, BLOCK_T)
-    together = ROW_GROUP * column_tiles
-    first_row_tile = tl.program_id(0) // together * ROW_GROUP
-    rows_here = min(row_tiles - first_row_tile, ROW_GROUP)
-    within = tl.program_id(0) % together
-    t0 = (first_row_tile + within % rows_here) * BLOCK_T
-    tile = within // rows_here
+    row_tile, tile = _tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
+    t0 = row_tile * BLOCK_T
     m = tl.load(column_tiles_ptr + 2 * tile)
     n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
-    first_column = tl.multiple_of(tl.load(modules_ptr + 6 * m), 16)
-    padded_rank = tl.multiple_of(tl.load(modules_ptr + 6 * m + 1), 16)
-    rank = tl.load(modules_ptr + 6 * m + 2)
-    n = tl.multiple_of(tl.load(modules_ptr + 6 * m + 3), 8)
+    first_column, padded_rank, rank, n, b0 = _module(modules_ptr, m)
     w0 = tl.load(modules_ptr + 6 * m + 4) + n0
-    b0 = tl.multiple_of(tl.load(modules_ptr + 6 * m + 5), 8)
-
     columns = n0 + tl.arange(0, BLOCK_N)
     r = tl.arange(0, RANK_STEP)
     b_rows = b_ptr + b0 + r[:, None] * n + columns[None, :]
@@ -142,7 +154,7 @@ def forward(
         (triton.cdiv(t, tiles.t) * column_tiles,),
         _descriptor(x_td, tiles.t, tiles.k),
         _descriptor(w_nd, tiles.n, tiles.k),
-        _descriptor(h_tp if layout.columns else x_td, tiles.t, 16),  # without ranks it is not read
+        _descriptor(h_tp if layout.columns else x_td, tiles.t, RANK_STEP),  # without ranks it is not read
         b_flat,
         w_nd if bias_n is None else bias_n,
         tuple(ys),
@@ -156,8 +168,8 @@ def forward(
         BLOCK_T=tiles.t,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
-        RANK_STEP=16,
-        ROW_GROUP=8,
+        RANK_STEP=RANK_STEP,
+        ROW_GROUP=ROW_GROUP,
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -212,11 +224,7 @@ def rank_gradient_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m = tl.load(rank_tiles_ptr + 2 * tl.program_id(1))
     r0 = tl.multiple_of(tl.load(rank_tiles_ptr + 2 * tl.program_id(1) + 1), 16)
-    first_column = tl.multiple_of(tl.load(modules_ptr + 6 * m), 16)
-    padded_rank = tl.multiple_of(tl.load(modules_ptr + 6 * m + 1), 16)
-    rank = tl.load(modules_ptr + 6 * m + 2)
-    n = tl.multiple_of(tl.load(modules_ptr + 6 * m + 3), 8)
-    b0 = tl.multiple_of(tl.load(modules_ptr + 6 * m + 5), 8)
+    first_column, padded_rank, rank, n, b0 = _module(modules_ptr, m)
     r, k = r0 + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     b_rows = b_ptr + b0 + r[:, None] * n + k[None, :]
     dy_at = t.to(tl.int64)[:, None] * n + k[None, :]
@@ -252,13 +260,8 @@ def input_gradient_kernel(
     ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tiles, column_tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(d, BLOCK_N)
-    together = ROW_GROUP * column_tiles
-    first_row_tile = tl.program_id(0) // together * ROW_GROUP
-    rows_here = min(row_tiles - first_row_tile, ROW_GROUP)
-    within = tl.program_id(0) % together
-    t0 = (first_row_tile + within % rows_here) * BLOCK_T
-    c0 = within // rows_here * BLOCK_N
+    row_tile, column_tile = _tile_of_program(tl.cdiv(T, BLOCK_T), tl.cdiv(d, BLOCK_N), ROW_GROUP)
+    t0, c0 = row_tile * BLOCK_T, column_tile * BLOCK_N
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for i in tl.static_range(len(dy_descs)):
         n = tl.load(modules_ptr + 6 * i + 3)
@@ -314,17 +317,19 @@ def weight_gradient_kernel(
     tl.store(to, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["size", "masked", "splits"])
-def sum_splits_kernel(partial_ptr, mask_ptr, out_ptr, size, masked, splits, BLOCK: tl.constexpr):
-    """out = mask · Σ over splits, in the order of the splits: the same bits at every run. `masked`: entries from the start that have a
-    mask."""
+@triton.jit(do_not_specialize=["size_b", "size", "splits"])
+def sum_splits_kernel(partial_ptr, mask_ptr, db_ptr, da_ptr, size_b, size, splits, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """dB = mask · Σ over splits, dA = Σ over splits, in the order of the splits: the same bits at every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
         total += tl.load(partial_ptr + i, mask=i < size, other=0.0)
         partial_ptr += size
-    keep = tl.load(mask_ptr + i, mask=i < masked, other=1)
-    tl.store(out_ptr + i, tl.where(keep != 0, total, 0.0).to(out_ptr.dtype.element_ty), mask=i < size)
+    in_b = i < size_b
+    if HAS_MASK:
+        total = tl.where(tl.load(mask_ptr + i, mask=in_b, other=1) != 0, total, 0.0)
+    tl.store(db_ptr + i, total.to(db_ptr.dtype.element_ty), mask=in_b)
+    tl.store(da_ptr + i - size_b, total.to(da_ptr.dtype.element_ty), mask=(i >= size_b) & (i < size))
 
 
 def backward(
@@ -351,9 +356,9 @@ def backward(
     dx_td = x_td.new_empty(t, d) if need_dx else x_td.new_empty(0)
     if need_dx and t:
         input_gradient(dys, w_nd, dh_tp, a_rd, dx_td, layout, tiles)
-    gradient = weight_gradients(dys, x_td, h_tp, dh_tp, a_rd, b_flat, b_mask, outs, ranks, scales, need_da, tiles)
-    db_flat, da_rd = gradient[: b_flat.numel()], gradient[b_flat.numel() :]
-    return dx_td, da_rd.view_as(a_rd).clone() if need_da else a_rd.new_empty(0), db_flat.clone()
+    db_flat, da_rd = torch.empty_like(b_flat), torch.empty_like(a_rd) if need_da else a_rd.new_empty(0)
+    weight_gradients(dys, x_td, h_tp, dh_tp, b_mask, db_flat, da_rd, outs, ranks, scales, tiles)
+    return dx_td, da_rd, db_flat
 
 
 def rank_gradient(dys: Sequence[Tensor], b_flat: Tensor, dh_tp: Tensor, layout: GroupLayout, tiles: Tiles) -> None:
@@ -389,7 +394,7 @@ def input_gradient(
         (triton.cdiv(t, tiles.t) * triton.cdiv(d, tiles.n),),
         tuple(_descriptor(dy, tiles.t, tiles.k) for dy in dys),
         _descriptor(w_nd, tiles.k, tiles.n),
-        _descriptor(dh_tp if layout.columns else dx_td, tiles.t, 16),
+        _descriptor(dh_tp if layout.columns else dx_td, tiles.t, RANK_STEP),
         a_rd,
         _descriptor(dx_td, tiles.t, tiles.n),
         layout.row_of_column,
@@ -400,8 +405,8 @@ def input_gradient(
         BLOCK_T=tiles.t,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
-        RANK_STEP=16,
-        ROW_GROUP=8,
+        RANK_STEP=RANK_STEP,
+        ROW_GROUP=ROW_GROUP,
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -413,22 +418,21 @@ def weight_gradients(
     x_td: Tensor,
     h_tp: Tensor,
     dh_tp: Tensor,
-    a_rd: Tensor,
-    b_flat: Tensor,
     b_mask: Tensor | None,
+    db_flat: Tensor,
+    da_rd: Tensor,
     outs: Sequence[int],
     ranks: Sequence[int],
     scales: Sequence[float],
-    need_da: bool,
     tiles: Tiles,
-) -> Tensor:
-    """dB flat, then dA flat (if needed), in a_rd's dtype: all products of the group in one launch, then the sum over splits."""
+) -> None:
+    """Fills db_flat and da_rd (empty: not wanted): all products of the group in one launch, then the sum over splits."""
     t, d = x_td.shape
-    size = b_flat.numel() + (a_rd.numel() if need_da else 0)
-    gradient = a_rd.new_empty(size)
+    size = db_flat.numel() + da_rd.numel()
     if t == 0 or size == 0:
-        return gradient.zero_()
-    jobs = weight_jobs(tuple(outs), tuple(ranks), tuple(scales), d if need_da else 0, tiles.r, tiles.n, x_td.device)
+        db_flat.zero_(), da_rd.zero_()
+        return
+    jobs = weight_jobs(tuple(outs), tuple(ranks), tuple(scales), d if da_rd.numel() else 0, tiles.r, tiles.n, x_td.device)
     splits = min(triton.cdiv(PROGRAMS_OF_TWO_WAVES, len(jobs.table)), triton.cdiv(t, tiles.k))
     t_of_a_split = triton.cdiv(triton.cdiv(t, splits), tiles.k) * tiles.k
     partial = torch.empty(splits, size, dtype=torch.float32, device=x_td.device)
@@ -451,7 +455,17 @@ def weight_gradients(
         num_warps=4,
         num_stages=tiles.stages,
     )
-    masked = 0 if b_mask is None else b_mask.numel()
-    mask = gradient if b_mask is None else b_mask.view(torch.uint8)  # without a mask it is not read
-    launch(sum_splits_kernel, (triton.cdiv(size, 1024),), partial, mask, gradient, size, masked, splits, BLOCK=1024, num_warps=4)
-    return gradient
+    launch(
+        sum_splits_kernel,
+        (triton.cdiv(size, 1024),),
+        partial,
+        partial if b_mask is None else b_mask.view(torch.uint8),  # without a mask it is not read
+        db_flat,
+        da_rd if da_rd.numel() else db_flat,  # nothing of dA is written then
+        db_flat.numel(),
+        size,
+        splits,
+        HAS_MASK=b_mask is not None,
+        BLOCK=1024,
+        num_warps=4,
+    )

@@ -51,6 +51,13 @@ def test_each_limit_is_seen_when_it_is_broken(
     assert f"shrink_kernel bf16 (a case): {message}" in broken_limits([replace(good, machine=replace(GOOD, **broken))], 90)
 
 
+def test_a_kernel_without_a_baseline_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "missing.json")
+    assert broken_limits([Variant("new_kernel", "bf16", "a case", GOOD)], 90) == [
+        "new_kernel bf16 (a case): not in the baseline: --write-baseline"
+    ]
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "ctas"),
     [(32, 0, 4, 16), (128, 0, 8, 2), (255, 0, 8, 1), (64, 98304, 4, 2), (64, 116000, 4, 1), (16, 0, 1, 32), (64, 232449, 4, 0)],
