@@ -1,4 +1,4 @@
-"""adamw_step's Triton kernels, compiled and run on the CPU (tests/triton_cpu), against the op's reference in fp64 and its own buffers."""
+"""adamw_step's Triton kernels, compiled and run on the CPU (bench/triton_cpu), against the op's reference in fp64 and its own buffers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from bench.triton_cpu.launch import Watch, on_cpu
 from fastlora.ops import adamw_step as op
 from fastlora.ops.registry import use_implementation
 from fastlora_triton import adamw_step as kernels
 from tests.ops.implementations import relative_error
 from tests.tolerances import FP32_ADAMW
-from tests.triton_cpu.launch import Watch, on_cpu
 
 CPU = torch.device("cpu")
 STEPS = [

@@ -1,4 +1,4 @@
-"""linear_logprob's Triton kernels, compiled and run on the CPU (tests/triton_cpu), against fp64: vocabularies that no tile divides."""
+"""linear_logprob's Triton kernels, compiled and run on the CPU (bench/triton_cpu), against fp64: vocabularies that no tile divides."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from bench.triton_cpu.launch import Watch, on_cpu
 from fastlora_triton import linear_logprob as kernels
 from tests.ops.implementations import relative_error
-from tests.triton_cpu.launch import Watch, on_cpu
 
 D = 72
 

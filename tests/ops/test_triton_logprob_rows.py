@@ -1,4 +1,4 @@
-"""logprob_rows' Triton kernels, compiled and run on the CPU (tests/triton_cpu), against the op's reference in fp64."""
+"""logprob_rows' Triton kernels, compiled and run on the CPU (bench/triton_cpu), against the op's reference in fp64."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from bench.triton_cpu.launch import Watch, on_cpu
 from fastlora.ops.logprob_rows import _reference, _reference_backward
 from fastlora_triton import logprob_rows as kernels
 from tests.ops.implementations import relative_error
 from tests.tolerances import SAME_IN_FLOAT32
-from tests.triton_cpu.launch import Watch, on_cpu
 
 
 def make_rows(t: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

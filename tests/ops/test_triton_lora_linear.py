@@ -1,4 +1,4 @@
-"""lora_linear's Triton kernels, compiled and run on the CPU (tests/triton_cpu), against fp64: odd token counts, ragged ranks, every dtype.
+"""lora_linear's Triton kernels, compiled and run on the CPU (bench/triton_cpu), against fp64: odd token counts, ragged ranks, every dtype.
 
 Outputs are NaN before the launch, programs run in shuffled order, loads and stores are checked.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from bench.triton_cpu.launch import Watch, on_cpu
 from fastlora_triton import lora_linear as kernels
 from tests.ops.implementations import relative_error
 from tests.tolerances import SAME_IN_FLOAT32
-from tests.triton_cpu.launch import Watch, on_cpu
 
 D = 72
 CASES = {

@@ -11,12 +11,12 @@ pytest.importorskip("triton", reason="Triton kernels need triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.triton_cpu.emit import translate
+from bench.triton_cpu.launch import LaunchError, Watch, on_cpu
 from fastlora_triton.launch import launch
 from tests.ops.implementations import relative_error
 from tests.tolerances import FP32_ONE_ROUNDING, SAME_IN_FLOAT32
 from tests.triton_cpu import kernels
-from tests.triton_cpu.emit import translate
-from tests.triton_cpu.launch import LaunchError, Watch, on_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.triton_cpu.emit import Argument, Translation, translate
 from fastlora_triton.front_end import compile_for
 from fastlora_triton.launch import use_launcher
-from tests.triton_cpu.emit import Argument, Translation, translate
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-w", "-shared", "-fPIC", "-pthread")

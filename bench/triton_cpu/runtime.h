@@ -1,5 +1,5 @@
 // What a translated Triton kernel runs on: 16-bit floats, tensors as arrays, checked loads and stores, atomics, the loop over programs.
-// Included by the C++ that tests/triton_cpu/emit.py writes; one copy of all state for each kernel's library.
+// Included by the C++ that bench/triton_cpu/emit.py writes; one copy of all state for each kernel's library.
 #pragma once
 #include <algorithm>
 #include <atomic>
