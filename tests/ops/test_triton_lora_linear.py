@@ -13,8 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from bench.triton_cpu.launch import Watch, on_cpu
-from fastlora_triton import lora_linear as kernels
+from bench.triton_cpu.launch import LaunchError, Watch, on_cpu
+from fastlora_triton import lora_linear, lora_linear_backward
+from fastlora_triton.forward_path import Path, select_path
 from tests.ops.implementations import relative_error
 from tests.tolerances import SAME_IN_FLOAT32
 
@@ -74,16 +75,17 @@ def truth(p: dict[str, Any], outs: tuple[int, ...], ranks: tuple[int, ...], mask
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("t", [0, 1, 63, 200])
-def test_forward_and_backward(t: int, case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("t", "path"), [(0, "fused"), (1, "cublas"), (63, "fused"), (200, "fused"), (200, "cublas")])
+def test_forward_and_backward(t: int, path: Path, case: str, dtype: torch.dtype) -> None:
     outs, ranks = CASES[case]
     p = problem(t, outs, ranks, dtype)
     mask = torch.rand(p["b"].numel()) < 0.5
     expected = truth(p, outs, ranks, mask)
     with on_cpu(Watch(order_seed=t + 1)):
-        ys, h = kernels.forward(p["x"], p["w"], p["bias"], p["a"], p["b"], outs, ranks, p["scales"])
-        dx, da, db = kernels.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], mask, outs, ranks, p["scales"], True, True)
-    limit = max(2 * torch.finfo(dtype).eps, SAME_IN_FLOAT32)  # H and dH are rounded to the dtype, as PEFT's are; then the result
+        ys, h = lora_linear.forward(p["x"], p["w"], p["bias"], p["a"], p["b"], outs, ranks, p["scales"], path)
+        dx, da, db = lora_linear_backward.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], mask, outs, ranks, p["scales"], True, True)
+    # H and dH are rounded to the dtype, as PEFT's are; then the result, and before the adapter is added to the library's product
+    limit = max(2 * torch.finfo(dtype).eps, SAME_IN_FLOAT32)
     results = [("dx", dx, expected["dx"]), ("da", da, expected["da"]), ("db", db, expected["db"])]
     for name, got, wanted in (*results, *zip("y" * len(ys), ys, expected["ys"], strict=True)):
         assert got.shape == wanted.shape, name
@@ -94,8 +96,10 @@ def test_without_dx_and_da_they_are_not_computed() -> None:
     outs, ranks = CASES["ragged"]
     p = problem(20, outs, ranks, torch.float32)
     with on_cpu():
-        _, h = kernels.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
-        dx, da, db = kernels.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], None, outs, ranks, p["scales"], False, False)
+        _, h = lora_linear.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
+        dx, da, db = lora_linear_backward.backward(
+            p["dys"], p["x"], h, p["w"], p["a"], p["b"], None, outs, ranks, p["scales"], False, False
+        )
     assert dx.numel() == da.numel() == 0 and relative_error(db, truth(p, outs, ranks, None)["db"]) < 1e-6
 
 
@@ -105,6 +109,70 @@ def test_gradients_repeat_bit_for_bit_in_any_order_of_programs() -> None:
     results = []
     for seed in (1, 2):
         with on_cpu(Watch(order_seed=seed)):
-            _, h = kernels.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
-            results.append(kernels.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], None, outs, ranks, p["scales"], True, True))
+            _, h = lora_linear.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
+            results.append(
+                lora_linear_backward.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], None, outs, ranks, p["scales"], True, True)
+            )
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def launched_weight_gradients(
+    p: dict[str, Any], ranks: tuple[int, ...], mask: Tensor | None, db: Tensor, da: Tensor, **options: Any
+) -> None:
+    """dB and dA of a problem from `weight_gradients` alone."""
+    outs = tuple(dy.shape[1] for dy in p["dys"])
+    with on_cpu(Watch(order_seed=5)):
+        _, h = lora_linear.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
+        dh = torch.empty_like(h)
+        tiles = lora_linear.tiles_for(p["x"])
+        lora_linear_backward.rank_gradient(p["dys"], p["b"], dh, lora_linear.layout_of(outs, ranks, p["scales"], tiles, h.device), tiles)
+        group = lora_linear_backward.Group(outs, ranks, tuple(p["scales"]))
+        lora_linear_backward.weight_gradients(p["dys"], p["x"], h, dh, mask, db, da, group, **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_leaves_the_epilogue_is_of_the_accumulated_gradient(ordered: bool, masked: bool) -> None:
+    outs, ranks = CASES["ragged"]
+    p = problem(200, outs, ranks, torch.float32)
+    mask = torch.rand(p["b"].numel()) < 0.3 if masked else None
+    expected = truth(p, outs, ranks, mask)
+    before_b, before_a = torch.randn_like(p["b"]), torch.randn_like(p["a"])
+    if mask is not None:
+        before_b *= mask
+    scores = torch.rand(4, p["b"].numel())
+    db, da, got_scores, squares = before_b.clone(), before_a.clone(), scores.clone(), torch.empty(2 * sum(ranks))
+    options = {"ordered": ordered, "accumulate": True, "squares_c": squares, "scores_4b": got_scores}
+    launched_weight_gradients(p, ranks, mask, db, da, **options)
+    total_b, total_a = expected["db"] + before_b, expected["da"] + before_a
+    sizes = [n * r for n, r in zip(outs, ranks, strict=True)]
+    rows_b = [b.view(r, n) for b, n, r in zip(total_b.split(sizes), outs, ranks, strict=True)]
+    expected_squares = torch.cat([row.square().sum(1) for row in (*rows_b, total_a)])
+    expected_scores = scores + torch.stack([total_b, total_b.sign(), total_b.abs(), total_b.square()])
+    pairs = ((db, total_b), (da, total_a), (squares, expected_squares), (got_scores, expected_scores))
+    assert all(relative_error(got, wanted) <= 5 * SAME_IN_FLOAT32 for got, wanted in pairs)
+
+
+def test_tiles_in_which_nothing_trains_are_not_computed() -> None:
+    """Their dy need not even exist: a load from it would be out of bounds."""
+    outs, ranks = CASES["wide"]
+    p = problem(200, outs, ranks, torch.bfloat16)
+    first = outs[0] * ranks[0]
+    mask = (torch.arange(p["b"].numel()) >= first).view(torch.uint8)  # the second module alone
+    group = lora_linear_backward.Group(outs, ranks, tuple(p["scales"]))
+    db, nothing = torch.empty_like(p["b"]), p["a"].new_empty(0)
+    with on_cpu():
+        _, h = lora_linear.forward(p["x"], p["w"], None, p["a"], p["b"], outs, ranks, p["scales"])
+        absent = [p["dys"][0][:0], p["dys"][1]]
+        lora_linear_backward.weight_gradients(absent, p["x"], h, h, mask, db, nothing, group)
+    assert relative_error(db, truth(p, outs, ranks, mask)["db"]) <= 2 * torch.finfo(torch.bfloat16).eps
+    assert not db[:first].any()
+    with pytest.raises(LaunchError, match="out of bounds"), on_cpu():
+        lora_linear_backward.weight_gradients(absent, p["x"], h, h, None, db, nothing, group)
+
+
+@pytest.mark.parametrize(("d", "path"), [(1536, "fused"), (8960, "cublas")])
+def test_the_predicted_path_of_qwen_groups(d: int, path: Path) -> None:
+    x = torch.empty(8192, d, dtype=torch.bfloat16, device="meta")
+    assert select_path(x, (1536,), (32,)) == path
+    assert select_path(x, (1536,), (0,)) == "cublas"  # nothing to add: the library's product
