@@ -24,8 +24,8 @@ TILE_ELEMENTS = 256 * 49152
 """Logits in memory at once on a CPU: 25 MB in bfloat16. GEMMs of 256 rows run at full speed, and a tile of this size still fits the L3
 cache."""
 GPU_TILE_ELEMENTS = 2048 * 151936
-"""On a GPU: 622 MB in bfloat16. 2,048 rows of Qwen's vocabulary are 144 waves of 128 × 128 tiles on an H100; with the CPU's 82 rows every
-tile of the loss would pay some 20 launches for a product of 8 waves. (Not run on a GPU.)"""
+"""On a GPU: 622 MB in bfloat16. 2,048 rows of Qwen's vocabulary are 144 waves of 128 × 128 tiles on an H100; with the CPU's 82 rows a
+product would be 9 waves of tiles that are two thirds full, with the loss's launches after each. (Not run on a GPU.)"""
 
 
 def tile_elements(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from bench.triton_cpu.launch import LaunchError, Watch, on_cpu
 from fastlora_triton import lora_linear, lora_linear_backward
 from fastlora_triton.forward_path import Path, select_path
 from tests.ops.implementations import relative_error
-from tests.tolerances import SAME_IN_FLOAT32
+from tests.tolerances import SAME_IN_FLOAT32, TF32_OPERANDS
 
 D = 72
 CASES = {
@@ -27,7 +27,7 @@ CASES = {
     "no rank": ((16, 40), (0, 0)),
     "wide": ((136, 264), (64, 256)),
 }
-DTYPES = {"ieee": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,23 @@ def truth(p: dict[str, Any], outs: tuple[int, ...], ranks: tuple[int, ...], mask
     return {"ys": [y.detach() for y in ys], "dx": dx, "da": da, "db": db if mask is None else db * mask}
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("t", "path"), [(0, "fused"), (1, "cublas"), (63, "fused"), (200, "fused"), (200, "cublas")])
-def test_forward_and_backward(t: int, path: Path, case: str, dtype: torch.dtype) -> None:
+def test_forward_and_backward(t: int, path: Path, case: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+    compare(t, path, case, precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_thousand_tokens_in_splits(precision: str) -> None:
+    compare(1000, "fused", "ragged", precision)
+
+
+def compare(t: int, path: Path, case: str, precision: str) -> None:
+    """Forward and backward with a mask, on the CPU, against fp64."""
     outs, ranks = CASES[case]
+    dtype = DTYPES[precision]
     p = problem(t, outs, ranks, dtype)
     mask = torch.rand(p["b"].numel()) < 0.5
     expected = truth(p, outs, ranks, mask)
@@ -85,7 +97,7 @@ def test_forward_and_backward(t: int, path: Path, case: str, dtype: torch.dtype)
         ys, h = lora_linear.forward(p["x"], p["w"], p["bias"], p["a"], p["b"], outs, ranks, p["scales"], path)
         dx, da, db = lora_linear_backward.backward(p["dys"], p["x"], h, p["w"], p["a"], p["b"], mask, outs, ranks, p["scales"], True, True)
     # H and dH are rounded to the dtype, as PEFT's are; then the result, and before the adapter is added to the library's product
-    limit = max(2 * torch.finfo(dtype).eps, SAME_IN_FLOAT32)
+    limit = TF32_OPERANDS if precision == "tf32" else max(2 * torch.finfo(dtype).eps, SAME_IN_FLOAT32)
     results = [("dx", dx, expected["dx"]), ("da", da, expected["da"]), ("db", db, expected["db"])]
     for name, got, wanted in (*results, *zip("y" * len(ys), ys, expected["ys"], strict=True)):
         assert got.shape == wanted.shape, name

@@ -47,11 +47,11 @@ def planted(module: ModuleType, users: list[ModuleType], right: str, wrong: str,
 
 
 def lora() -> None:
-    test_triton_lora_linear.test_forward_and_backward(63, "fused", "ragged", torch.float32)
+    test_triton_lora_linear.compare(63, "fused", "ragged", "ieee")
 
 
 def lora_added() -> None:
-    test_triton_lora_linear.test_forward_and_backward(200, "cublas", "ragged", torch.float32)
+    test_triton_lora_linear.compare(200, "cublas", "ragged", "ieee")
 
 
 def logprob() -> None:
