@@ -5,6 +5,7 @@ Outputs are NaN before the launch, programs run in shuffled order, loads and sto
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+from bench.compile_gate import tf32_allowed
 from bench.triton_cpu.launch import LaunchError, Watch, on_cpu
 from fastlora_triton import lora_linear, lora_linear_backward
 from fastlora_triton.forward_path import Path, select_path
@@ -76,9 +78,9 @@ def truth(p: dict[str, Any], outs: tuple[int, ...], ranks: tuple[int, ...], mask
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("t", "path"), [(0, "fused"), (1, "cublas"), (63, "fused"), (200, "fused"), (200, "cublas")])
-def test_forward_and_backward(t: int, path: Path, case: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
-    compare(t, path, case, precision)
+def test_forward_and_backward(t: int, path: Path, case: str, precision: str) -> None:
+    with tf32_allowed() if precision == "tf32" else nullcontext():
+        compare(t, path, case, precision)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
