@@ -18,6 +18,17 @@ D = 72
 @pytest.mark.parametrize(("t", "v"), [(0, 64), (1, 131), (63, 1000), (200, 2049)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_forward_and_backward(t: int, v: int, temperature: float, dtype: torch.dtype) -> None:
+    compare(t, v, temperature, dtype)
+
+
+@pytest.mark.parametrize(("v", "dtype"), [(9001, torch.float32), (40001, torch.bfloat16)])
+def test_programs_with_several_tiles_of_the_vocabulary(v: int, dtype: torch.dtype) -> None:
+    """Where the vocabulary has fewer tiles than two waves have programs, each has one, and the running maximum never runs."""
+    compare(200, v, 1.0, dtype)
+
+
+def compare(t: int, v: int, temperature: float, dtype: torch.dtype) -> None:
+    """Both outputs and dh, on the CPU, against fp64."""
     generator = torch.Generator().manual_seed(t)
     h, w = (torch.randn(n, D, generator=generator).to(dtype) for n in (t, v))
     w *= 0.3
