@@ -46,8 +46,9 @@ TABLE: dict[int, dict[Operands, Tiles]] = {
     },
     90: {
         # 128 × 128 sums over two warp groups: 64 registers a thread, two 64 × 128 wgmma; k 64 = one 128-byte swizzle row; 3 stages of 32 KB
-        # leave room for two CTAs on an SM, which hide each other's prologue and epilogue: no persistent kernels. shrink_t 64: 8,192 tokens make 128 programs, about one for every SM; it reads x once. v 256:
-        # 128 × 256 logits in 255 registers without a spill, 85 FLOP for a byte from L2 where 128 × 128 has 64.
+        # leave room for two CTAs on an SM, which hide each other's prologue and epilogue, so that no kernel is persistent. shrink_t 64:
+        # 8,192 tokens make 128 programs, about one for every SM; it reads x once. v 256: 128 × 256 logits in 255 registers without a spill,
+        # 85 FLOP for a byte from L2 where 128 × 128 has 64.
         "half": Tiles(t=128, n=128, k=64, r=64, shrink_t=64, v=256, warps=8, stages=3),
         # Twice the bytes an element: half of n and k for the same shared memory.
         "tf32": Tiles(t=128, n=64, k=32, r=64, shrink_t=64, v=64, warps=4, stages=3, precision="tf32"),
