@@ -132,6 +132,15 @@ def triton_refuses(device: torch.device, *args: Any) -> str | None:
     return None
 
 
+def tma_refuses(device: torch.device, *args: Any) -> str | None:
+    """Why the Triton kernels that load through tensor descriptors cannot run: `triton_refuses`, and a GPU without a TMA."""
+    if reason := triton_refuses(device, *args):
+        return reason
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "it loads through the TMA, which this GPU (compute capability 8.0) does not have"
+    return None
+
+
 @contextmanager
 def use_implementation(name: str) -> Iterator[None]:
     """Inside the block every op runs its best implementation (`auto`), or the one of this name where it has one.
