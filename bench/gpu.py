@@ -249,7 +249,7 @@ class Peaks:
 def _place(op: str, implementation: str, dtype: torch.dtype, shape: str, model: str | None) -> Row:
     """What a row is about, and where it was measured."""
     names = {"op": op, "implementation": implementation, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "model": model}
-    where = {"device": torch.cuda.get_device_name(), "threads": None, "torch": torch.__version__, "commit": commit()}
+    where = {"device": card_name(), "threads": None, "torch": torch.__version__, "commit": commit()}
     return {**names, **where, "refused": None, "x_baseline": None, "peak_bytes": None}
 
 
@@ -258,7 +258,7 @@ def race_rows(race: Race, heats: Sequence[Heat], model: str, peaks: Peaks) -> li
     medians = {heat.entrant.name: timing(heat.seconds)["median"] for heat in heats if heat.seconds}
     rows = []
     for heat in heats:
-        row = {**_place(race.op, heat.entrant.name, race.dtype, race.shape, model), "race": "gpu", "refused": heat.refused}
+        row = {**_place(race.op, heat.entrant.name, race.dtype, race.shape, model), "race": model, "refused": heat.refused}
         row |= {"bound": "gemm" if race.gemms else "memory", "share_of_peak": None, "median": None}
         if heat.seconds:
             row |= timing(heat.seconds, flops=race.flops, nbytes=race.nbytes)
@@ -272,9 +272,14 @@ def race_rows(race: Race, heats: Sequence[Heat], model: str, peaks: Peaks) -> li
     return rows
 
 
+def card_name() -> str:
+    """As the driver gives it: `NVIDIA H100 80GB HBM3`."""
+    return torch.cuda.get_device_name()
+
+
 def card_slug() -> str:
-    """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3`."""
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    """`nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", card_name().lower()).strip("-")
 
 
 def table(rows: Sequence[Row]) -> Table:

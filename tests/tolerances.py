@@ -50,6 +50,10 @@ GPU_ERROR_FACTOR = {"bf16": 1.1, "fp16": 1.1, "tf32": 1.5, "fp32": 1.5}
 the outputs decides, which both have (torch in PEFT's order rounds more often): a tenth for luck. In TF32 and float32 sums in another order
 decide."""
 
+LIBRARY_ERROR_FACTOR = 1.6
+"""The same for Liger and FlashAttention, where a number is rounded twice that torch rounds once: silu(gate) before its product with up, the
+two outputs of attention before they are joined: √2, and a tenth for luck."""
+
 GPU_STEP_IN_FLOAT32 = 1e-4
 """Relative error of a matrix's gradient between two float32 devices through two layers: some hundred roundings of 2^-24 = 6e-8 on the way,
 a few per cent of cancellation in the loss's sum of positive and negative advantages; a wrong term costs per cents."""

@@ -20,7 +20,7 @@ from fastlora import extension
 from fastlora.errors import FastloraError
 
 NAMESPACE = "fastlora"
-NAMES = ("reference", "torch", "cpp", "triton")
+NAMES = ("reference", "torch", "cpp", "triton", "liger", "flex", "flash")
 """Implementations that can be asked for, besides `auto`."""
 
 

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from bench.test_ops import fresh
 from fastlora.lora.packed import join_weights
 from fastlora.ops.registry import OpSpec, dispatchers
-from tests.ops.implementations import op_specs
+from tests.ops.implementations import ON_A_CPU, op_specs
 
 Arguments = tuple[Any, ...]
 """Of an op, by position."""
 
 WIDTH = 72
 """Of inputs: a multiple of 8 that no tile divides."""
-RUN_ON_A_CPU = ("reference", "torch", "cpp")
-"""Implementations that the contract test runs on every machine; all others are for a GPU."""
 FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given less than float32."""
 MATRIX_OPS = ("lora_linear", "linear_logprob", "packed_attention")
@@ -191,4 +189,4 @@ def _detached(arguments: Arguments) -> Arguments:
 
 def gpu_implementations() -> list[tuple[OpSpec, str]]:
     """(op, implementation) of everything that is made for a GPU."""
-    return [(spec, name) for spec in op_specs() for name in dispatchers[spec.name].implementations if name not in RUN_ON_A_CPU]
+    return [(spec, name) for spec in op_specs() for name in dispatchers[spec.name].implementations if name not in ON_A_CPU]

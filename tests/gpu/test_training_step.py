@@ -15,10 +15,11 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_replayed_graph_has_the_bits_of_the_eager_step(dtype: torch.dtype) -> None:
+def test_replayed_graph_has_the_bits_of_the_eager_step(dtype: torch.dtype, one_pass: bool) -> None:
     """Loss, gradient, moments and parameters; the graph is replayed twice from the same state."""
-    step = TrainingStep(GPU, dtype)
+    step = TrainingStep(GPU, dtype, one_pass=one_pass)
     start = [x.clone() for x in step.state]
 
     def restore() -> None:
@@ -44,7 +45,7 @@ def test_replayed_graph_has_the_bits_of_the_eager_step(dtype: torch.dtype) -> No
 
 def test_step_is_that_of_the_cpu() -> None:
     """float32 without TF32: loss, gradient of every matrix, first step of AdamW; and Triton ran wherever an op has it."""
-    cpu, gpu = TrainingStep(torch.device("cpu"), torch.float32), TrainingStep(GPU, torch.float32)
+    cpu, gpu = (TrainingStep(device, torch.float32) for device in (torch.device("cpu"), GPU))
     before = implementation_counts.copy()
     loss = gpu()
     ran = {name for name, _ in implementation_counts - before}

@@ -1,6 +1,6 @@
 """A training step of a tiny model on fixed tensors, without a number read back: what a CUDA graph can hold.
 
-The step is the trainer's (`policy.score_packed`, `losses.policy`, `ops.adamw_step`), less what has to look at numbers: packing comes before
+The step is the trainer's (`policy.loss_on`, `losses.policy`, `ops.adamw_step`), less what has to look at numbers: packing comes before
 it, and a gradient that is not finite would not be noticed.
 """
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastlora.config import LossConfig, OptimConfig
 from fastlora.fused_layers import fuse_layers
 from fastlora.lora.packed import PackedAdapter
+from fastlora.losses.one_pass import one_pass_loss
 from fastlora.losses.policy import policy_loss
 from fastlora.ops.adamw_step import adamw_step, clip_coefficient, gradient_norms, segment_table, total_norm
 from fastlora.ops.linear_logprob import linear_logprob
@@ -58,9 +59,10 @@ def loss_of(logp_nt: Tensor, entropy_nt: Tensor, batch: TrainBatch) -> tuple[Ten
 class TrainingStep:
     """`step()` is one step from the present parameters and moments."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, one_pass: bool = False) -> None:
+        """one_pass: over the head, as for every token-level loss (`losses.one_pass`); else two."""
         self.model, self.adapter = policy_model(device, dtype)
-        self.batch = policy_batch(device)
+        self.one_pass, self.batch = one_pass, policy_batch(device)
         self.packed = pack(self.batch)
         flat = self.adapter.flat
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
@@ -75,8 +77,12 @@ class TrainingStep:
         """The loss [] before the step."""
         flat, head = self.adapter.flat, self.model.get_output_embeddings()
         flat.grad.zero_()
-        logp_c, entropy_c = linear_logprob(_predictors(self.model, self.packed), head.weight, self.packed.targets_c)
-        loss, _ = loss_of(self.packed.unpack(logp_c), self.packed.unpack(entropy_c), self.batch)
+        hidden_cd = _predictors(self.model, self.packed)
+        if self.one_pass:
+            loss, _ = one_pass_loss(hidden_cd, head.weight, None, self.packed, 1.0, lambda *scores: loss_of(*scores, self.batch))
+        else:
+            scores = linear_logprob(hidden_cd, head.weight, self.packed.targets_c)
+            loss, _ = loss_of(*map(self.packed.unpack, scores), self.batch)
         loss.backward()
         config = OptimConfig()
         clip_coef = clip_coefficient(total_norm(gradient_norms(flat.grad, self._table_m6, None)), config.max_grad_norm)

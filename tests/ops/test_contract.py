@@ -19,13 +19,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora.ops
 from fastlora import extension
 from fastlora.ops.registry import ImplementationError, OpSpec, dispatchers, implementation_counts, use_implementation
-from tests.ops.implementations import CPP, PooledErrors, Variant, needs_extension, op_specs, running, threads
+from tests.ops.implementations import CPP, ON_A_CPU, PooledErrors, Variant, needs_extension, op_specs, running, threads
 from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
 FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given bfloat16."""
+IN_FLOAT64 = ("reference", "torch")
+"""Implementations that take float64, which is for proofs."""
 REFERENCE = Variant("reference")
 
 
@@ -39,9 +41,9 @@ def _variants(spec: OpSpec) -> list[Variant]:
 
 
 def _dtypes(spec: OpSpec, variant: Variant) -> list[torch.dtype]:
-    """What the variant must take: C++ and Triton no float64, which is for proofs."""
+    """What the variant must take."""
     dtypes = [torch.float32, torch.float64, torch.bfloat16]
-    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation in ("cpp", "triton"))
+    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation not in IN_FLOAT64)
     return [dtype for dtype in dtypes if dtype not in left_out]
 
 
@@ -100,7 +102,7 @@ def _writes(argument: torch.Argument) -> bool:
 def _is_on(variant: Variant, device: torch.device) -> None:
     if variant.implementation == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernels run on the CPU")
-    if variant.implementation not in ("reference", "torch", "cpp"):
+    if variant.implementation not in ON_A_CPU:
         pytest.skip("for a GPU: tests/gpu runs it on one, with inputs that it takes; tests/ops/test_triton_*.py compiled, on the CPU")
 
 
@@ -186,7 +188,7 @@ def test_error_against_fp64_is_that_of_the_reference(spec: OpSpec, variant: Vari
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "variant"),
-    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation not in ("cpp", "triton")],
+    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation in IN_FLOAT64],
 )
 def test_gradcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """Where the sample inputs ask for gradients. Masks hold entries constant, which finite differences do not: the samples run without,
@@ -235,10 +237,14 @@ def test_auto_runs_the_best_that_can(spec: OpSpec, dtype: torch.dtype) -> None:
     assert {name for op, name in ran if op == spec.name} == {wanted}
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "triton" in dispatchers[s.name].implementations], ids=lambda spec: spec.name)
-def test_triton_on_the_cpu_is_refused_by_name(spec: OpSpec) -> None:
+FOR_A_GPU = [(spec, name) for spec in SPECS for name in dispatchers[spec.name].implementations if name not in ON_A_CPU]
+
+
+@pytest.mark.parametrize(("spec", "name"), FOR_A_GPU, ids=[_id(spec.name, name) for spec, name in FOR_A_GPU])
+def test_what_is_for_a_gpu_is_refused_on_a_cpu_by_name(spec: OpSpec, name: str) -> None:
     arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
-    with use_implementation("triton"), pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'triton' .* runs on a GPU"):
+    message = rf"^{spec.name}: implementation '{name}' .* (runs on a GPU|is not installed)"
+    with use_implementation(name), pytest.raises(ImplementationError, match=message):
         _run(spec, _clone(arguments))
 
 
