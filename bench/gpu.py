@@ -7,7 +7,7 @@
                runs of ROUNDS rounds in which the entrants take turns
     peak       measured in the same process: cuBLAS's products of the op's own shapes, an 8,192³ product, a copy of 1 GiB
 
-    share of peak    FLOP/s over cuBLAS's for the op's products, or GB/s over the copy's where an op has none
+    share of peak    FLOP/s over cuBLAS's for the op's products (share_of_large_gemm: over its best, the 8,192³), or GB/s over the copy's
     × baseline       the reference's median over this one's (peers: torch eager's)
 
 A library that is not installed has a row that names it. Rows are appended to bench/results/CARD/gpu.jsonl. Without a GPU the command is
@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from bench.compile_gate import MODELS
 from bench.gemm_peak import Group, Model, Shape
 from bench.gpu_peers import peer_races
-from bench.gpu_race import Entrant, Race, Run, check, on_a_gpu
+from bench.gpu_race import Entrant, Race, Run, check, on_a_gpu, on_meta
 from bench.op_cases import Case, Update, cases
 from bench.race import REPOSITORY
 from bench.report import commit
@@ -57,6 +57,8 @@ TILE_ROWS = 1024
 ROUNDS, MILLISECONDS = 5, 40
 """Turns of every entrant, and how long do_bench repeats it in each."""
 PEAK_WIDTH, COPY_BYTES = 8192, 1 << 30
+LARGE = Counter([(PEAK_WIDTH,) * 3])
+"""The product at which cuBLAS is at its best."""
 COMPILED = ("rms_norm", "swiglu", "logprob_rows")
 """Ops whose reference torch.compile can fuse into a kernel of its own; products have races of their own (bench/gpu_peers.py)."""
 TINY = Update(Model(2, 96, 40, 3, 1, 32, 136), (Group(7, (5, 5)), Group(3, (5, 5))), rank=16, tile_rows=6)
@@ -106,8 +108,7 @@ def races(update: Update) -> Iterator[Race]:
 def op_race(case: Case) -> Race:
     """All implementations of one op, and torch.compile of its reference where that is one kernel; the gate is that of bench.test_ops."""
     dtype = DTYPE if DTYPE in case.dtypes else torch.float32
-    with torch.device("meta"), torch.no_grad(), use_implementation("reference"):
-        cost = case.spec.cost(*case.arguments(dtype))
+    cost = case.spec.cost(*on_meta(case, dtype))
     dispatch = dispatchers[case.spec.name]
     entrants = [
         Entrant(name, lambda name=name: _op_run(case, name, dtype), implementation.refuses)
@@ -259,11 +260,12 @@ def race_rows(race: Race, heats: Sequence[Heat], model: str, peaks: Peaks) -> li
     rows = []
     for heat in heats:
         row = {**_place(race.op, heat.entrant.name, race.dtype, race.shape, model), "race": model, "refused": heat.refused}
-        row |= {"bound": "gemm" if race.gemms else "memory", "share_of_peak": None, "median": None}
+        row |= {"bound": "gemm" if race.gemms else "memory", "share_of_peak": None, "share_of_large_gemm": None, "median": None}
         if heat.seconds:
             row |= timing(heat.seconds, flops=race.flops, nbytes=race.nbytes)
             if race.gemms:
                 row["share_of_peak"] = 1e9 * row["gflop_per_s"] / peaks.flop_per_s(race.gemms, race.dtype)
+                row["share_of_large_gemm"] = 1e9 * row["gflop_per_s"] / peaks.flop_per_s(LARGE, DTYPE)
             else:
                 row["share_of_peak"] = 1e9 * row["gb_per_s"] / peaks.bytes_per_s
             if race.baseline in medians:

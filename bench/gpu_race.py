@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.gemm_peak import Shape
+from bench.op_cases import Case
 from bench.test_ops import MAX_ERROR, GateError
+from fastlora.ops.registry import dispatchers, use_implementation
 
 Run = Callable[[], Any]
 Canonical = Callable[[Any], list[Tensor]]
@@ -54,6 +56,24 @@ class Entrant:
     prepare: Callable[[], tuple[Run, Canonical]]
     refuses: Refuses = anywhere
     """Why it cannot take part on a device, or None."""
+
+
+def ours(op: str, prepare: Callable[[], tuple[Run, Canonical]], who: str = "fastlora") -> list[Entrant]:
+    """An entrant for each implementation of the op, which is forced while it runs."""
+    entrants = []
+    for name, implementation in dispatchers[op].implementations.items():
+
+        def forced(name: str = name) -> tuple[Run, Canonical]:
+            run, canonical = prepare()
+
+            def inside() -> Any:
+                with use_implementation(name):
+                    return run()
+
+            return inside, canonical
+
+        entrants.append(Entrant(f"{who} {name}", forced, implementation.refuses))
+    return entrants
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +113,9 @@ def check(race: Race, entrant: str, got: Sequence[Tensor], truth: Sequence[Tenso
         error = float((ours.double() - exact.double()).norm()) / max(norm, 1e-30)
         if not (error <= limit and math.isfinite(norm)):
             raise GateError(f"{race.name}, {entrant}: output {index} is off by {error:.1e} of its norm (at most {limit:.0e}); not timed")
+
+
+def on_meta(case: Case, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of a case without numbers or memory: what costs are counted from."""
+    with torch.device("meta"), torch.no_grad(), use_implementation("reference"):
+        return case.arguments(dtype)

@@ -175,7 +175,8 @@ def calls(cu_seqlens: tuple[int, ...], roots: tuple[int, ...], device: torch.dev
             lengths_q.append(len(tokens))
             lengths_k.append(spans[root][1] - spans[root][0])
     root_call = _sequences(lengths_q, lengths_k, device) if queries else None
-    return Calls(own, root_call, torch.tensor(queries, device=device), torch.tensor(keys, device=device))
+    queries_and_keys = (torch.tensor(tokens, dtype=torch.long, device=device) for tokens in (queries, keys))
+    return Calls(own, root_call, *queries_and_keys)
 
 
 def _sequences(lengths_q: Sequence[int], lengths_k: Sequence[int] | None, device: torch.device) -> Sequences:

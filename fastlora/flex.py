@@ -55,7 +55,8 @@ def block_mask(cu_seqlens: tuple[int, ...], roots: tuple[int, ...], window: int,
         inside = (position_t[i] - position_t[j] < window) if window else torch.ones_like(own)
         return (own | of_root) & inside
 
-    return create_block_mask(visible, None, None, len(t), len(t), device=device)
+    # Compiled, or the mask of T × T would be in memory for a moment: 4 GB at 65,536 tokens.
+    return create_block_mask(visible, None, None, len(t), len(t), device=device, _compile=device.type == "cuda")
 
 
 @cache
