@@ -150,7 +150,7 @@ def compile_candidate(tiles: Tiles, subject: Subject, dtype: torch.dtype, option
         with use_tiles(tiles), use_launcher(compiled), tf32_allowed():
             run()
     except Exception as error:  # whatever the compiler raises on tiles that it cannot lay out is the finding
-        return Compiled(tiles, list(variants.values()), [f"{type(error).__name__}: {str(error).splitlines()[0]}"])
+        return Compiled(tiles, list(variants.values()), [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"])
     return Compiled(tiles, list(variants.values()), [fault for v in variants.values() for fault in hardware_faults(v, options.capability)])
 
 

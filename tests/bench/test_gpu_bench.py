@@ -94,7 +94,7 @@ def test_entrants_take_turns() -> None:
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of cuBLAS on the op's own products and of the copy; × of the baseline; what has no time has no numbers."""
     monkeypatch.setattr(bench.gpu, "card_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(Peaks, "product", lambda self, shape, dtype: {(10, 10, 10): 1e-6, (10, 10, 20): 3e-6}[shape])
+    monkeypatch.setattr(Peaks, "product", lambda self, shape, dtype: {(10, 10, 10): 1e-6, (10, 10, 20): 3e-6}.get(shape, 1.0))
     monkeypatch.setattr(Peaks, "bytes_per_s", 2e12)
     heats = [
         Heat(Entrant(name, lambda: (list, list)), refused, None, seconds)
@@ -107,6 +107,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     race = Race("an_op", "s", torch.bfloat16, 8000.0, 4e6, Counter({(10, 10, 10): 2, (10, 10, 20): 1}), list, (), "torch eager")
     eager, ours, liger = race_rows(race, heats, "Qwen3-8B", Peaks())
     assert ours["share_of_peak"] == pytest.approx((8000 / 8e-6) / (8000 / 5e-6)) and ours["x_baseline"] == pytest.approx(2.0)
+    assert ours["share_of_large_gemm"] == pytest.approx(8000 / 8e-6 / (2 * 8192**3))  # in a second, here
     assert eager["x_baseline"] == 1.0 and ours["dtype"] == "bfloat16" and ours["device"] == "NVIDIA H100 80GB HBM3"
     assert liger["refused"] == "not installed: liger-kernel" and liger["median"] is liger["x_baseline"] is liger["share_of_peak"] is None
     memory = Race("an_op", "s", torch.bfloat16, 1.0, 4e6, Counter(), list, (), "gone")
