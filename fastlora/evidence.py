@@ -25,7 +25,7 @@ TESTED, COMPILED, NOT_RUN = "tested", "compiled, not run on a GPU", "not run on 
 
 _KERNELS = {
     "triton": ("kernels/fastlora_triton", (".py",), re.compile(r"^@triton\.jit.*?^def (\w+_kernel)\(", re.MULTILINE | re.DOTALL)),
-    "cuda": ("csrc/cuda", (".cu", ".cuh"), re.compile(r"__global__[^;{]*?\b(\w+)\s*\(")),
+    "cuda": ("csrc/cuda", (".cu", ".cuh"), re.compile(r"__global__[^;{]*?\b(\w+_kernel)\s*\(")),
 }
 """Implementation -> (folder of its files, their suffixes, what a kernel looks like)."""
 

@@ -23,7 +23,7 @@ def one_kernel(x): ...
 @triton.jit
 def two_kernel(x): ...
 """
-CUDA = "__global__ void __launch_bounds__(256) three(float* x) { }\ntemplate <typename T>\n__global__ void four(const T* x);\n"
+CUDA = "__global__ void __launch_bounds__(256) three_kernel(float* x) { }\ntemplate <class T> __global__ void four_kernel(const T* x);\n"
 
 
 def checkout(root: Path, baseline: dict[str, object]) -> Path:
@@ -47,7 +47,7 @@ def dispatch(*names: str) -> Dispatch:
     return made
 
 
-ALL = {"3.9.0": {"one_kernel bf16": 90, "two_kernel fp32": 30}, "nvcc 13.0": {"three": 40, "four float": 20}}
+ALL = {"3.9.0": {"one_kernel bf16": 90, "two_kernel fp32": 30}, "nvcc 13.0": {"three_kernel cuda": 40, "four_kernel bf16": 20}}
 
 
 def test_states(tmp_path: Path) -> None:
