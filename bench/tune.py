@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from triton.errors import TritonError
 
 from bench.compile_gate import DTYPES, MODELS, RANKS, Variant, hardware_faults, run_head, run_lora, tf32_allowed
 from bench.cubin import CHIPS, read
@@ -37,8 +38,10 @@ from fastlora_triton.tiles import Tiles
 
 MAX_SUMS = 128
 """Accumulators of a thread: half of its 255 registers, the rest holds addresses and operands."""
-MIN_SUMS = 16
+MIN_SUMS = 32
 """Fewer leave a tensor core waiting for its operands."""
+MIN_ROW_BYTES = 128
+"""Of a tile along k: one row of the 128-byte swizzle; narrower ones take twice the instructions for as many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Subject:
 SUBJECTS = (
     Subject(
         "products",
-        {"t": (64, 128, 256), "n": (64, 128, 256), "k": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
+        {"t": (64, 128, 256), "n": (64, 128, 256), "k": (32, 64, 128), "warps": (4, 8), "stages": (3, 4)},
         ("lora_group_step",),
     ),
     Subject("ranks", {"shrink_t": (64, 128), "r": (32, 64, 128)}, ("lora_group_step",)),
@@ -68,11 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, default=90, choices=sorted(CHIPS), help="of a dry run, × 10 (default: 90)")
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES), help="of the operands (default: bf16)")
     parser.add_argument("--model", default="Qwen2.5-1.5B", choices=sorted(MODELS), help="whose shapes are timed (default: Qwen2.5-1.5B)")
+    parser.add_argument(
+        "--subjects", nargs="+", choices=[s.name for s in SUBJECTS], default=[s.name for s in SUBJECTS], help="(default: all)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="compile and list the candidates, time nothing")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 200)
+    chosen = [subject for subject in SUBJECTS if subject.name in options.subjects]
     if options.dry_run:
-        for subject in SUBJECTS:
+        for subject in chosen:
             console.print(candidates_table(subject, compiled_candidates(subject, row_of(options.dtype), options), options))
         return 0
     if not torch.cuda.is_available():
@@ -80,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     major, minor = torch.cuda.get_device_capability()
     options.capability = 10 * major + minor
-    tune(options, console)
+    tune(chosen, options, console)
     return 0
 
 
@@ -97,7 +104,7 @@ def candidates(subject: Subject, row: Tiles, itemsize: int, capability: int) -> 
         candidate = replace(row, **dict(zip(subject.values, values, strict=True)))
         sums = candidate.t * (candidate.v if "v" in subject.values else candidate.n) / (32 * candidate.warps)
         operands = candidate.stages * (candidate.t + candidate.n) * candidate.k * itemsize
-        fits = MIN_SUMS <= sums <= MAX_SUMS and operands <= CHIPS[capability].shared_of_a_cta
+        fits = MIN_SUMS <= sums <= MAX_SUMS and operands <= CHIPS[capability].shared_of_a_cta and candidate.k * itemsize >= MIN_ROW_BYTES
         if candidate != row and (fits or "n" not in subject.values):
             yield candidate
 
@@ -149,7 +156,7 @@ def compile_candidate(tiles: Tiles, subject: Subject, dtype: torch.dtype, option
     try:
         with use_tiles(tiles), use_launcher(compiled), tf32_allowed():
             run()
-    except Exception as error:  # whatever the compiler raises on tiles that it cannot lay out is the finding
+    except (TritonError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
         return Compiled(tiles, list(variants.values()), [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"])
     return Compiled(tiles, list(variants.values()), [fault for v in variants.values() for fault in hardware_faults(v, options.capability)])
 
@@ -172,11 +179,11 @@ def candidates_table(subject: Subject, found: Sequence[Compiled], options: argpa
     return shown
 
 
-def tune(options: argparse.Namespace, console: Console) -> None:
+def tune(chosen: Sequence[Subject], options: argparse.Namespace, console: Console) -> None:
     """One subject after another, each from the best of the one before; prints every candidate's time and, last, the row."""
     row = row_of(options.dtype)
     all_races = list(races(update_of(options.model)))
-    for subject in SUBJECTS:
+    for subject in chosen:
         timed = [race for race in all_races if race.op in subject.races]
         good = [c.tiles for c in compiled_candidates(subject, row, options) if not c.faults]
         seconds = time_candidates(good, timed)

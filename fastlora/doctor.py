@@ -192,8 +192,8 @@ def _cell(titles: Mapping[str, str], forward: Dispatch, backward: Dispatch | Non
     for name, title in titles.items():
         states = [evidence.state(dispatch, name) for dispatch in (forward, backward) if dispatch is not None]
         if any(states):
-            differ = ", ".join(f"{way} {state or '–'}" for way, state in zip(("forward", "backward"), states, strict=False))
-            names_of.setdefault(states[0] if len(set(states)) == 1 else differ, []).append(title)
+            ways = [f"{way} {state or '–'}" for way, state in zip(("forward", "backward"), states, strict=False)]
+            names_of.setdefault(str(states[0]) if len(set(states)) == 1 else ", ".join(ways), []).append(title)
     cells = [f"{state} ({', '.join(names)})" if all(names) else state for state, names in names_of.items()]
     return "; ".join(cells) or "–"
 

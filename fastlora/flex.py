@@ -63,7 +63,8 @@ def block_mask(cu_seqlens: tuple[int, ...], roots: tuple[int, ...], window: int,
 def _attention(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    run: Callable[..., Any] = flex_attention
+    return torch.compile(run) if device_type == "cuda" else run
 
 
 def attend(

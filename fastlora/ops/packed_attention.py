@@ -107,6 +107,7 @@ def _heads(head_dim: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def _rotated_attention(
+    attend: Attend,
     q_td: Tensor,
     k_td: Tensor,
     v_td: Tensor,
@@ -117,7 +118,6 @@ def _rotated_attention(
     head_dim: int,
     scaling: float,
     window: int,
-    attend: Attend = _attend,
 ) -> Tensor:
     q_the, k_the, v_the = _heads(head_dim, q_td, k_td, v_td)
     q_the, k_the = rotate(q_the, cos_te, sin_te), rotate(k_the, cos_te, sin_te)
@@ -137,7 +137,7 @@ def _reference(
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
-    out_td = _rotated_attention(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+    out_td = _rotated_attention(_attend, q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
     return out_td, q_td.new_empty(0, dtype=torch.promote_types(q_td.dtype, torch.float32))  # SDPA keeps its lse to itself
 
 
@@ -158,7 +158,7 @@ def _layout_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @_forward.add("flex", _flex_refuses)
 def _flex(*args: Any) -> tuple[Tensor, Tensor]:
-    out_td = _rotated_attention(*args[:5], *_layout_of(args), attend=flex.attend)
+    out_td = _rotated_attention(flex.attend, *args[:5], *_layout_of(args))
     return out_td, out_td.new_empty(0, dtype=torch.promote_types(out_td.dtype, torch.float32))
 
 
@@ -241,7 +241,7 @@ def _gradients(
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
-        out = _rotated_attention(leaves[0], leaves[1], leaves[2], *tables_and_layout, attend=attend)
+        out = _rotated_attention(attend, leaves[0], leaves[1], leaves[2], *tables_and_layout)
         dq, dk, dv = torch.autograd.grad(out, leaves, dout_td, materialize_grads=True)
     return dq, dk, dv
 

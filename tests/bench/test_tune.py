@@ -25,7 +25,7 @@ def test_candidates_start_with_the_committed_row_and_fit_the_chip() -> None:
         for c in found[1:]:
             assert {name for name in Tiles.__dataclass_fields__ if getattr(c, name) != getattr(ROW, name)} <= subject.values.keys()
             if subject.name == "products":
-                assert c.stages * (c.t + c.n) * c.k * 2 <= 232448 and 16 <= c.t * c.n / (32 * c.warps) <= 128
+                assert c.stages * (c.t + c.n) * c.k * 2 <= 232448 and 32 <= c.t * c.n / (32 * c.warps) <= 128
 
 
 def test_tiles_reach_the_kernels_and_leave() -> None:
