@@ -1,9 +1,9 @@
 """Errors against fp64, ours over TRL + PEFT's, in the dtype of both.
 
-    logp error        sqrt(mean over completion tokens of (logp − logp64)²)
-    gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector
+    logp error        sqrt(mean over the completion tokens of all seeds of (logp − logp64)²)
+    gradient error    ‖g − g64‖ / ‖g64‖, all A and B in one vector, the median of the seeds
 
-all seeds together. A seed has its own B, and four sampled completions of each of four prompts; the behaviour policy is the adapter
+A seed has its own B, and four sampled completions of each of four prompts; the behaviour policy is the adapter
 with noise, scored in fp64, so that ratios are real and none is 1. The truth is PEFT in fp64 with the plain loop's loss; TRL computes
 its own `_compute_loss`, ours PolicyObjective's, the one that a run trains on.
 """
@@ -43,11 +43,12 @@ PROBLEMS = (9, 14, 21, 24, 25, 30, 33, 37)
 NUM_PROMPTS = 4
 """Of a seed. With one, the pooled ratio of two roundings of the same formula moved by ±.15 (LOG.md)."""
 COMPLETION_TOKENS = 32
-BEHAVIOUR_NOISE = 0.002
-"""Standard deviation of the noise in A and B of the behaviour policy: log-ratios of about ±0.03."""
-EPSILON = 100.0
-"""Nothing is clipped. At a bound the gradient jumps: in bf16, whose log-probs are off by 0.05 (RMS) with a heavy tail, a few tokens of 512
-land on the other side of 0.2, and each weighs more than all rounding errors together (seed 0: 23 % or 10 %, by dice; LOG.md)."""
+BEHAVIOUR_NOISE = 0.0005
+"""Standard deviation of the noise in A and B of the behaviour policy: log-ratios of about ±0.01, none near a bound in the truth."""
+EPSILON = 1.0
+"""Clip range 0 to 2, out of reach of every side. At a bound the gradient jumps, and a token on the wrong side weighs more than all rounding
+errors together: with 0.2, bf16's log-probs (off by 0.05 RMS, heavy tail) put a few of 512 there; without a bound and with noise of
+0.002, one token of a large ratio doubled a seed's error in fp32 (LOG.md)."""
 
 Gradients = dict[str, Tensor]
 

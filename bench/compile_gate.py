@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench.cubin import CHIPS, Machine, read
 from fastlora.ops.adamw_step import Segment, segment_table
-from fastlora_triton import adamw_step, linear_logprob, logprob_rows, lora_linear
+from fastlora_triton import adamw_step, grpo_loss, linear_logprob, logprob_rows, lora_linear, lora_linear_backward
 from fastlora_triton.front_end import compile_for
 from fastlora_triton.launch import use_launcher
 
@@ -33,7 +33,14 @@ BASELINE = Path(__file__).with_name("compile_baseline.json")
 REGISTER_BAND = 0.1
 """Of the baseline of the same version of triton: what a rebuilt kernel may take without anyone having looked at it."""
 MATRIX_KERNELS = {
-    *("shrink_kernel", "expand_base_kernel", "rank_gradient_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
+    *(
+        "shrink_kernel",
+        "expand_base_kernel",
+        "expand_add_kernel",
+        "rank_gradient_kernel",
+        "input_gradient_kernel",
+        "weight_gradient_kernel",
+    ),
     *("logprob_parts_kernel", "logit_gradient_kernel"),
 }
 NARROW_LOADS = {("weight_gradient_kernel", "tf32")}
@@ -119,7 +126,7 @@ def compile_all(capability: int, console: Console) -> list[Variant]:
             if key not in variants:
                 variants[key] = Variant(built.metadata.name, dtype, case, read(built))
 
-        with use_launcher(compiled), tf32_allowed():
+        with use_launcher(compiled, capability), tf32_allowed():
             run()
     return sorted(variants.values(), key=lambda v: (v.kernel, v.dtype, v.case))
 
@@ -133,6 +140,8 @@ def cases() -> Iterator[tuple[str, str, Any]]:
                     members = ranks[: len(outs)]
                     yield f"{model_name} {group} r {members}", dtype_name, lambda d=d, o=outs, r=members, t=dtype: run_lora(d, o, r, t)
             yield f"{model_name} head", dtype_name, lambda m=model, t=dtype: run_head(m, t)
+    for loss in ("grpo", "cispo", "sapo"):
+        yield f"{loss}, KL", "fp32", lambda k=loss: run_loss(k)
     for entries in (None, 100_000):
         yield f"adamw, {'all entries' if entries is None else 'an index'}", "fp32", lambda k=entries: run_optimizer(k)
 
@@ -147,8 +156,14 @@ def run_lora(d: int, outs: tuple[int, ...], ranks: tuple[int, ...], dtype: torch
     b = empty(sum(n * r for n, r in zip(outs, ranks, strict=True)))
     mask = torch.empty(b.numel(), dtype=torch.bool, device="meta")
     scales = [2.0] * len(outs)
-    ys, h = lora_linear.forward(x, w, None, a, b, outs, ranks, scales)
-    lora_linear.backward(ys, x, h, w, a, b, mask, outs, ranks, scales, True, True)
+    for path in ("cublas", "fused"):
+        ys, h = lora_linear.forward(x, w, None, a, b, outs, ranks, scales, path)
+    lora_linear_backward.backward(ys, x, h, w, a, b, mask, outs, ranks, scales, True, True)
+    squares, scores = torch.empty(2 * sum(ranks), device="meta"), torch.empty(4, b.numel(), device="meta")
+    group = lora_linear_backward.Group(outs, ranks, tuple(scales))
+    db, da = (torch.empty(size, device="meta") for size in (b.numel(), a.numel()))
+    options = {"ordered": False, "accumulate": True, "squares_c": squares, "scores_4b": scores}
+    lora_linear_backward.weight_gradients(ys, x, h, h, mask, db, da.view(a.shape), group, **options)
 
 
 def run_head(model: Model, dtype: torch.dtype) -> None:
@@ -160,6 +175,15 @@ def run_head(model: Model, dtype: torch.dtype) -> None:
     z = torch.empty(256, model.vocabulary, dtype=dtype, device="meta")
     logp, entropy, log_z = logprob_rows.forward(z, target[:256], 0.9, True)
     logprob_rows.backward_(z, target[:256], logp, entropy, log_z, entropy, 0.9)
+
+
+def run_loss(loss_type: str) -> None:
+    """64 completions of up to 1,024 tokens."""
+    kind = {"cispo": grpo_loss.CISPO, "sapo": grpo_loss.SAPO}.get(loss_type, grpo_loss.CLIPPED).value
+    logp, weights = torch.empty(64, 1024, device="meta"), torch.empty(64, device="meta")
+    mask, advantages = torch.empty(64, 1024, dtype=torch.bool, device="meta"), torch.empty(64, 1, device="meta")
+    surrogate = grpo_loss.Surrogate(kind, 0.2, 0.28, float("inf"), 1.0, 1.05, grpo_loss.K3.value, 0.1, True)
+    grpo_loss.token_loss(logp, logp, mask, advantages, logp, logp, None, weights, surrogate)
 
 
 def run_optimizer(entries: int | None) -> None:

@@ -156,7 +156,7 @@ def compile_candidate(tiles: Tiles, subject: Subject, dtype: torch.dtype, option
     try:
         with use_tiles(tiles), use_launcher(compiled), tf32_allowed():
             run()
-    except (TritonError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
+    except (TritonError, RuntimeError, ValueError) as error:  # of a pass that failed; of a block whose sides are no powers of two
         return Compiled(tiles, list(variants.values()), [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"])
     return Compiled(tiles, list(variants.values()), [fault for v in variants.values() for fault in hardware_faults(v, options.capability)])
 

@@ -34,7 +34,7 @@ from fastlora.data import batch_indices
 from fastlora.lora.groups import input_groups, projections, shapes
 from fastlora.lora.patterns import resolve
 from fastlora.lora.peft_format import load_b_mask
-from fastlora.losses.one_pass import TILE_ELEMENTS
+from fastlora.losses.one_pass import tile_elements
 from fastlora.model import meta_model, select_device
 from fastlora.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
@@ -325,7 +325,7 @@ def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: in
     if config.trainer.gradient_checkpointing:  # the input of every layer, and all of the layer that is being recomputed
         what += ", one layer at a time"
         activations, copies = batch.packed * (w * x.layers * x.d + per_token // x.layers), copies // x.layers
-    rows = min(batch.scored, max(1, TILE_ELEMENTS // x.vocabulary))
+    rows = min(batch.scored, max(1, tile_elements(select_device(config.model)) // x.vocabulary))
     # A trained head: its dW as accumulator, product and result, beside the embedding's.
     head = 2 * w * (batch.scored + batch.packed) * x.d + 2 * w * rows * x.vocabulary + (16 * x.vocabulary * x.d if full else 0)
     in_flight = w * batch.packed * (2 * x.d + 2 * x.mlp)

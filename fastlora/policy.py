@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastlora.attention import PREPARED_MASK
-from fastlora.losses.one_pass import TILE_ELEMENTS, LossOf, one_pass_loss
+from fastlora.losses.one_pass import LossOf, one_pass_loss, tile_elements
 from fastlora.ops.linear_logprob import linear_logprob
 from fastlora.packing import PackedTokens, pack
 from fastlora.types import TrainBatch
@@ -54,7 +54,7 @@ def score_packed(model: PreTrainedModel, batch: TrainBatch, temperature: float) 
         packed.targets_c,
         bias_v=head.bias,
         temperature=temperature,
-        token_chunk=max(1, TILE_ELEMENTS // v),
+        token_chunk=max(1, tile_elements(head.weight.device) // v),
         vocab_chunk=v,
     )
     return packed.unpack(logp_c), packed.unpack(entropy_c)

@@ -61,6 +61,9 @@ a few per cent of cancellation in the loss's sum of positive and negative advant
 SAME_IN_FLOAT32 = 2e-6
 """One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, some 2^-24 · 10."""
 
+TF32_OPERANDS = 2**-10
+"""Relative L2 error of products whose operands are rounded to TF32: 10 bits of mantissa, 2^-11 an operand, two in a product."""
+
 LONG_SUMS_IN_FLOAT32 = 6e-6
 """Relative error of dk and dv of a prompt of 3,000 tokens and 3 query heads a key: 9,000 terms summed one after another in float32,
 √9000 · 2^-24 = 5.7e-6. (torch's own: a third of the error, since it sums head by head.)"""

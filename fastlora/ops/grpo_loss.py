@@ -27,7 +27,8 @@ each times ρ when use_bias_correction_kl, which makes it unbiased off policy (a
 
 Order of operations: that of GRPOTrainer._compute_loss (trl/trainer/grpo_trainer.py), down to the order in which autograd meets
 the uses of logp, so that in fp32 on a CPU the loss and its gradients have TRL's bits. The reference is composite for that
-reason: its gradient is autograd's of these lines. FLOPs: some 20 a token; the op moves bytes, it does not compute.
+reason: its gradient is autograd's of these lines. `triton` (kernels/fastlora_triton/grpo_loss.py) makes value and derivative of the
+losses of single tokens in one launch. FLOPs: some 20 a token; the op moves bytes, it does not compute.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastlora.config import LossConfig
-from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec
+from fastlora.ops.registry import NAMESPACE, Cost, Dispatch, OpSpec, triton_refuses
 
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """The loss types that share PPO's clipped surrogate."""
@@ -65,6 +66,10 @@ tokens. entropy_sum, entropy_tokens: Σ m'H and Σ m', for the controller of ent
 tokens whose ratio is clipped at A < 0, at A > 0, at either. vespo/phi_mean: mean weight. off_policy_kept: fraction of trained
 tokens kept. Sequence-level quantities are means over the sequences that have a trained token.
 """
+
+
+NUM_TENSORS = 8
+"""Arguments of the op before the options."""
 
 
 class Options(NamedTuple):
@@ -267,6 +272,88 @@ def _mean(x_nt: Tensor | None, mask_nt: Tensor, like: Tensor) -> Tensor:
 
 
 _dispatch = Dispatch("grpo_loss", _reference)
+
+
+def _triton_refuses(device: torch.device, *args: Any) -> str | None:
+    """The kernel has the losses whose derivative at a token depends on that token alone, all in float32."""
+    if (reason := triton_refuses(device, *args)) or not args:
+        return reason
+    o = Options(*args[NUM_TENSORS:])
+    tensors = [x for x in (args[0], args[1], *args[3:NUM_TENSORS]) if x is not None]
+    if any(x.dtype != torch.float32 for x in tensors):
+        return "it takes float32 only"
+    if args[2].dtype not in (torch.bool, torch.uint8):
+        return f"it takes a mask of bool or uint8, not {args[2].dtype}"
+    if o.loss_type == "vespo" or o.importance_sampling_level != "token":
+        return f"{o.loss_type} with {o.importance_sampling_level}-level ratios is not a loss of single tokens"
+    if o.top_entropy_quantile < 1.0 or o.off_policy_mask_threshold is not None or o.entropy_coef != 0.0:
+        return "masks over entropies or sequences and the entropy bonus are not losses of single tokens"
+    return None
+
+
+@_dispatch.add("triton", _triton_refuses)
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    return _TokenLevel.apply(*args)
+
+
+class _TokenLevel(torch.autograd.Function):
+    """The kernel returns the derivative beside the value; the backward pass scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, logp_nt: Tensor, entropy_nt: Tensor, mask_nt: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        from fastlora_triton import grpo_loss as kernels
+
+        o = Options(*rest[NUM_TENSORS - 3 :])
+        advantages_nt, old_nt, ref_nt, _, importance_nt = (None if x is None else x.contiguous() for x in rest[: NUM_TENSORS - 3])
+        kinds = {"cispo": kernels.CISPO, "sapo": kernels.SAPO}
+        estimators = {"k1": kernels.K1, "k2": kernels.K2, "k3": kernels.K3, "density": kernels.DENSITY}
+        surrogate = kernels.Surrogate(
+            kinds.get(o.loss_type, kernels.CLIPPED).value,
+            o.epsilon,
+            o.epsilon_high,
+            math.inf if o.delta is None else o.delta,
+            o.sapo_temperature_pos,
+            o.sapo_temperature_neg,
+            estimators[o.kl_estimator].value if o.beta else 0,
+            o.beta,
+            o.use_bias_correction_kl,
+        )
+        tensors = (logp_nt.contiguous(), entropy_nt.contiguous(), mask_nt.contiguous(), advantages_nt, old_nt, ref_nt, importance_nt)
+        dlogp_nt, sums_8 = kernels.token_loss(*tensors, _token_weights(mask_nt, o), surrogate)
+        ctx.save_for_backward(dlogp_nt)
+        loss, metrics_m = sums_8[0].clone(), _metrics(sums_8, o)
+        ctx.mark_non_differentiable(metrics_m)
+        return loss, metrics_m
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (dlogp_nt,) = ctx.saved_tensors
+        return dlogp_nt * dloss, *(None,) * (NUM_TENSORS - 1 + len(Options._fields))
+
+
+def _token_weights(mask_nt: Tensor, o: Options) -> Tensor:
+    """w_n [n], float32: what a trained token of sequence n weighs in the loss, by the table above."""
+    n = mask_nt.shape[0]
+    if o.loss_type in ("dapo", "cispo"):
+        return torch.full((n,), o.steps_per_generation / (max(o.num_items_in_batch, 1) * o.accumulation_steps), device=mask_nt.device)
+    if o.loss_type in ("grpo", "sapo"):
+        return 1 / (mask_nt.sum(-1, dtype=torch.float32).clamp(min=1.0) * (n * o.accumulation_steps))
+    if o.loss_type == "bnpo":
+        return (1 / (mask_nt.sum(dtype=torch.float32).clamp(min=1.0) * o.accumulation_steps)).expand(n).contiguous()
+    length = o.max_completion_length if o.loss_type == "dr_grpo" else 1
+    return torch.full((n,), 1 / (max(n, 1) * length * o.accumulation_steps), device=mask_nt.device)
+
+
+def _metrics(sums_8: Tensor, o: Options) -> Tensor:
+    """METRICS from the kernel's sums."""
+    loss, entropy, ratio, tokens, kl, low, high, region = sums_8.unbind()
+    per_token = torch.stack([entropy, ratio, kl, low, high, region]) / tokens.clamp(min=1.0)
+    mean_entropy, mean_ratio, *means = per_token.unbind()
+    undivided = loss if o.loss_type in ("dapo", "cispo") else loss * o.accumulation_steps
+    nothing = torch.zeros_like(loss)
+    return torch.stack([undivided, mean_entropy, mean_ratio, entropy, tokens, *means, nothing, nothing])
+
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(_SCHEMA)
 _library.impl("grpo_loss", _dispatch, "CompositeImplicitAutograd")

@@ -18,7 +18,8 @@ Implementations. `reference` walks the vocabulary in chunks with a running maxim
 2018, "Online normalizer calculation for softmax", algorithm 3), in the order of operations of TRL 1.16's ChunkedLogProbFunction on a
 CPU (trl/kernels/chunked_logprob.py): with the same chunk sizes logp, entropy and the gradients have its bits. `torch`
 takes whole rows of the vocabulary, as many as fill the tile, and leaves them to `logprob_rows`, which overwrites the tile with
-dz in the backward pass.
+dz in the backward pass. `triton` (kernels/fastlora_triton/linear_logprob.py) walks the vocabulary on the chip and stores no logits at all
+in the forward pass; it takes a frozen head without a bias.
 
 Precision: sums and everything after the product h Wᵀ run in float32 (float64 when h is); dW and db are accumulated in the same
 and rounded once.
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, triton_refuses
 
 
 def _accumulation_dtype(hidden_td: Tensor) -> torch.dtype:
@@ -134,6 +135,36 @@ def _by_rows(
     return logp_t, entropy_t, log_z_t
 
 
+def _triton_refuses(device: torch.device, *args: Any) -> str | None:
+    """The kernels take the frozen head of a decoder, in rows that start on 16 bytes."""
+    if (reason := triton_refuses(device, *args)) or not args:
+        return reason
+    hidden_td, weight_vd, bias_v = args[:3]
+    if bias_v is not None:
+        return "it takes a head without a bias"
+    if hidden_td.dtype != weight_vd.dtype:
+        return f"it takes hidden states and head in one dtype, not {hidden_td.dtype} and {weight_vd.dtype}"
+    rows = hidden_td.shape[1] * hidden_td.element_size()
+    return None if rows % 16 == 0 else f"it needs rows of a multiple of 16 bytes, not {rows}"
+
+
+@_forward.add("triton", _triton_refuses)
+def _triton(
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    token_chunk: int,
+    vocab_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """No tile of logits leaves the chip: the chunks, which bound it elsewhere, do not matter."""
+    from fastlora_triton import linear_logprob as kernels
+
+    return kernels.forward(hidden_td.contiguous(), weight_vd, targets_t, temperature, with_entropy)
+
+
 linear_logprob_op = _forward.torch_op()
 
 
@@ -222,6 +253,38 @@ def _backward_by_rows(
         if need_db:
             db_v += z_tv.sum(dim=0, dtype=dtype)
     return dh_td, dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
+
+
+def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
+    if not args:
+        return triton_refuses(device)
+    _, _, hidden_td, weight_vd, bias_v, *_, need_dw, need_db = args
+    if need_dw or need_db:
+        return "it gives no gradient to the head"
+    return _triton_refuses(device, hidden_td, weight_vd, bias_v)
+
+
+@_backward.add("triton", _triton_refuses_backward)
+def _triton_backward(
+    grad_logp_t: Tensor | None,
+    grad_entropy_t: Tensor | None,
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    targets_t: Tensor,
+    log_z_t: Tensor,
+    entropy_t: Tensor,
+    temperature: float,
+    token_chunk: int,
+    vocab_chunk: int,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastlora_triton import linear_logprob as kernels
+
+    d_logp_t = torch.zeros_like(log_z_t) if grad_logp_t is None else grad_logp_t
+    arguments = (hidden_td.contiguous(), weight_vd, targets_t, d_logp_t, grad_entropy_t, entropy_t, log_z_t, temperature)
+    return kernels.backward(*arguments), hidden_td.new_empty(0), hidden_td.new_empty(0)
 
 
 linear_logprob_backward_op = _backward.torch_op()

@@ -17,7 +17,8 @@ adapter's once more for dA and dB, and never the 2 t d Σ n_m of a weight gradie
 
 Implementations: `reference` works module by module in PEFT's order of operations, bit for bit (peft/tuners/lora/layer.py,
 Linear.forward, and what autograd derives from it); `torch` shares one shrink GEMM and accumulates into the base GEMM's output; `triton`
-(kernels/fastlora_triton/lora_linear.py) takes the group's W as one matrix, which `lora.packed.attach` makes of them on a GPU.
+(kernels/fastlora_triton/lora_linear.py, lora_linear_backward.py) takes the group's W as one matrix, which `lora.packed.attach` makes of
+them on a GPU.
 """
 
 from __future__ import annotations
@@ -300,7 +301,7 @@ def _triton_backward(
     need_da: bool,
     absmaxes: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastlora_triton import lora_linear as kernels
+    from fastlora_triton import lora_linear_backward as kernels
 
     outs = _outs(weights_nd)
     dys_tn = [dy.reshape(-1, n).contiguous() for dy, n in zip(dys, outs, strict=True)]

@@ -22,6 +22,8 @@ from fastlora.errors import FastloraError
 NAMESPACE = "fastlora"
 NAMES = ("reference", "torch", "cpp", "triton", "liger", "flex", "flash")
 """Implementations that can be asked for, besides `auto`."""
+TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+"""A100; H100 and H200; B200: the rows of kernels/fastlora_triton/tiles.py, which this module cannot import where triton is missing."""
 
 
 class ImplementationError(FastloraError):
@@ -121,8 +123,9 @@ def triton_refuses(device: torch.device, *args: Any) -> str | None:
         return "triton is not installed"
     if device.type != "cuda":
         return f"it runs on a GPU, the tensors are on {device.type}"
-    if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
-        return f"it is made for Hopper (compute capability 9.0), this GPU has {capability[0]}.{capability[1]}"
+    if (capability := torch.cuda.get_device_capability(device)) not in TRITON_CAPABILITIES:
+        made_for = ", ".join(f"{major}.{minor}" for major, minor in TRITON_CAPABILITIES)
+        return f"it has tiles for compute capability {made_for}, this GPU has {capability[0]}.{capability[1]}"
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.dtype == torch.float64:
             return "it takes float32, bfloat16 and float16, not torch.float64"

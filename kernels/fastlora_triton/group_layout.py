@@ -7,6 +7,7 @@ modules and every load starts on 16 bytes: P = Σ ⌈r_m / 16⌉ 16. Ranks 3, 0,
     modules [M, 6]           first column, rank rounded up, rank, n, first row of W, first element of B
     scales [M]
     column_tiles [·, 2]      (module, first output) of every tile of outputs
+    adapted_tiles [·, 2]     those of modules that have ranks
     rank_tiles [·, 2]        (module, first rank) of every tile of ranks
 """
 
@@ -42,6 +43,7 @@ class GroupLayout:
     modules: Tensor
     scales: Tensor
     column_tiles: Tensor
+    adapted_tiles: Tensor
     rank_tiles: Tensor
 
 
@@ -54,6 +56,7 @@ def group_layout(
     first_column, first_row = _starts(padded), _starts(ranks)
     first_w, first_b = _starts(outs), _starts([n * r for n, r in zip(outs, ranks, strict=True)])
     row_of_column = [first_row[m] + i if i < r else -1 for m, r in enumerate(ranks) for i in range(padded[m])]
+    column_tiles = [(m, c) for m, n in enumerate(outs) for c in range(0, n, column_block)]
     modules = list(zip(first_column, padded, ranks, outs, first_w, first_b, strict=True))
 
     def table(values: object, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -64,7 +67,8 @@ def group_layout(
         table(row_of_column),
         table(modules),
         table(scales, torch.float32),
-        table([(m, c) for m, n in enumerate(outs) for c in range(0, n, column_block)]),
+        table(column_tiles),
+        table([(m, c) for m, c in column_tiles if ranks[m]]).reshape(-1, 2),
         table([(m, r) for m, p in enumerate(padded) for r in range(0, p, rank_block)]).reshape(-1, 2),
     )
 
@@ -81,6 +85,10 @@ class WeightJobs:
     """int32 [·, 7]: see `weight_gradient_kernel`."""
     factors: Tensor
     """float32 [·]: s_m for dB (s dyᵀ H), 1 for dA (dH has s already)."""
+    components: Tensor
+    """int32 [·, 2]: first element and width of every rank component, the rows of dB_mᵀ, then those of dA."""
+    widest: int
+    """Width of the widest component."""
 
 
 @lru_cache(maxsize=1024)
@@ -100,12 +108,16 @@ def weight_jobs(
     products = [(0, 1 + m, columns[m], outs[m], first, scales[m], ranks[m]) for m, first in enumerate(_starts(sizes))]
     if d:
         products += [(1, 0, columns[m], d, size_of_b + d * row, 1.0, ranks[m]) for m, row in enumerate(_starts(ranks))]
-    table, factors = [], []
+    table, factors, components = [], [], []
     for side, wide, column, width, first, factor, rank in products:
+        components += [(first + r * width, width) for r in range(rank)]
         for r in range(0, rank, rank_block):
             for c in range(0, width, column_block):
                 table.append((side, wide, column + r, c, width, min(rank - r, rank_block), first + r * width))
                 factors.append(factor)
     return WeightJobs(
-        torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 7), torch.tensor(factors, dtype=torch.float32, device=device)
+        torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 7),
+        torch.tensor(factors, dtype=torch.float32, device=device),
+        torch.tensor(components, dtype=torch.int32, device=device).reshape(-1, 2),
+        max((width for _, width in components), default=0),
     )

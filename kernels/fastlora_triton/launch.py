@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Launcher = Callable[..., None]
 """(kernel, grid, *arguments, **options)."""
+HOPPER = 90
 
 
 def _on_gpu(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
@@ -16,6 +19,7 @@ def _on_gpu(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> Non
 
 
 _launcher: Launcher = _on_gpu
+_capability_without_gpu = HOPPER
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
@@ -25,12 +29,21 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         _launcher(kernel, grid, *args, **options)
 
 
+def capability_of(device: torch.device) -> int:
+    """Compute capability × 10 that a launch on `device` is for: the GPU's, or what `use_launcher` was told."""
+    if device.type != "cuda":
+        return _capability_without_gpu
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @contextmanager
-def use_launcher(launcher: Launcher) -> Iterator[None]:
-    """Inside, `launch` calls this one."""
-    global _launcher
-    before, _launcher = _launcher, launcher
+def use_launcher(launcher: Launcher, capability: int = HOPPER) -> Iterator[None]:
+    """Inside, `launch` calls this one; tensors that are on no GPU get the tiles of `capability`."""
+    global _launcher, _capability_without_gpu
+    before = _launcher, _capability_without_gpu
+    _launcher, _capability_without_gpu = launcher, capability
     try:
         yield
     finally:
-        _launcher = before
+        _launcher, _capability_without_gpu = before

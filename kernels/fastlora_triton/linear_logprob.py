@@ -11,7 +11,8 @@ e_t = dℓ/dentropy:
 The logits of a tile are computed again; dz goes to memory for one slab of rows × one slab of the vocabulary at a time and is multiplied
 there. Offsets of rows are int64: T × V passes 2³¹ at 16,384 tokens of Qwen's vocabulary.
 
-Not run on a GPU: compiled for sm_90 and run on a CPU (tests/ops/test_triton_linear_logprob.py).
+Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_linear_logprob.py); registers and
+instructions in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora_triton.launch import launch
-from fastlora_triton.tiles import PROGRAMS_OF_TWO_WAVES, tiles_for
+from fastlora_triton.tiles import Tiles, programs_of_two_waves, tiles_for
 
 OUTSIDE = tl.constexpr(-1e30)
 """Logit behind the vocabulary's end: its e^(z − m) is 0, and 0 · z stays 0, which −inf would make NaN."""
@@ -49,6 +50,7 @@ def logprob_parts_kernel(
     d,
     v_of_a_part,
     inverse_temperature,
+    WITH_ENTROPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,17 +72,21 @@ def logprob_parts_kernel(
         shrink = tl.exp(top - higher)
         e = tl.exp(z - higher[:, None])
         total = total * shrink + tl.sum(e, axis=1)
-        weighted = weighted * shrink + tl.sum(e * z, axis=1)
+        if WITH_ENTROPY:
+            weighted = weighted * shrink + tl.sum(e * z, axis=1)
         top = higher
     out = parts_ptr + part * T + t
     tl.store(out, top, mask=t < T)
     tl.store(out + parts * T, total, mask=t < T)
-    tl.store(out + 2 * parts * T, weighted, mask=t < T)
+    if WITH_ENTROPY:
+        tl.store(out + 2 * parts * T, weighted, mask=t < T)
     tl.store(out + 3 * parts * T, at_target, mask=t < T)
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def join_parts_kernel(parts_ptr, logp_ptr, entropy_ptr, log_z_ptr, T, parts, BLOCK: tl.constexpr):
+def join_parts_kernel(
+    parts_ptr, target_ptr, logp_ptr, entropy_ptr, log_z_ptr, T, V, parts, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = t < T
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -93,24 +99,48 @@ def join_parts_kernel(parts_ptr, logp_ptr, entropy_ptr, log_z_ptr, T, parts, BLO
     for part in range(parts):
         factor = tl.exp(tl.load(parts_ptr + part * T + t, mask=there, other=0.0) - top)
         total += factor * tl.load(parts_ptr + (parts + part) * T + t, mask=there, other=1.0)
-        weighted += factor * tl.load(parts_ptr + (2 * parts + part) * T + t, mask=there, other=0.0)
+        if WITH_ENTROPY:
+            weighted += factor * tl.load(parts_ptr + (2 * parts + part) * T + t, mask=there, other=0.0)
     log_z = top + tl.log(total)
+    target = tl.load(target_ptr + t, mask=there, other=0)
+    at_target = tl.where((target >= 0) & (target < V), at_target, float("nan"))  # seen downstream; a check would make the GPU wait
     tl.store(log_z_ptr + t, log_z, mask=there)
     tl.store(logp_ptr + t, at_target - log_z, mask=there)
-    tl.store(entropy_ptr + t, log_z - weighted / total, mask=there)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + t, log_z - weighted / total, mask=there)
 
 
-def forward(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp_t, entropy_t, log_z_t) float32. h_td, w_vd: one dtype; target_t: int64 in [0, V); one outside gives about −1e30."""
-    tiles = tiles_for(h_td)
-    t, d = h_td.shape
-    v = w_vd.shape[0]
-    logp_t, entropy_t, log_z_t = (torch.empty(t, dtype=torch.float32, device=h_td.device) for _ in range(3))
+def forward(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_t, entropy_t or empty [0], log_z_t) float32. h_td, w_vd: one dtype; target_t: int64, logp is NaN outside [0, V)."""
+    tiles, t = tiles_for(h_td), h_td.shape[0]
+    logp_t, log_z_t = (torch.empty(t, dtype=torch.float32, device=h_td.device) for _ in range(2))
+    entropy_t = torch.empty(t if with_entropy else 0, dtype=torch.float32, device=h_td.device)
     if t == 0:
         return logp_t, entropy_t, log_z_t
-    vocabulary_tiles = triton.cdiv(v, tiles.v)
-    row_tiles = triton.cdiv(t, tiles.t)
-    parts = min(triton.cdiv(PROGRAMS_OF_TWO_WAVES, row_tiles), vocabulary_tiles)
+    partial = _parts(h_td, w_vd, target_t, temperature, with_entropy, tiles)
+    launch(
+        join_parts_kernel,
+        (triton.cdiv(t, 256),),
+        partial,
+        target_t,
+        logp_t,
+        entropy_t if with_entropy else logp_t,  # not written without
+        log_z_t,
+        t,
+        w_vd.shape[0],
+        partial.shape[1],
+        WITH_ENTROPY=with_entropy,
+        BLOCK=256,
+        num_warps=4,
+    )
+    return logp_t, entropy_t, log_z_t
+
+
+def _parts(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float, with_entropy: bool, tiles: Tiles) -> Tensor:
+    """float32 [4, parts, t]: see `logprob_parts_kernel`."""
+    (t, d), v = h_td.shape, w_vd.shape[0]
+    vocabulary_tiles, row_tiles = triton.cdiv(v, tiles.v), triton.cdiv(t, tiles.t)
+    parts = min(triton.cdiv(programs_of_two_waves(h_td.device), row_tiles), vocabulary_tiles)
     tiles_of_a_part = triton.cdiv(vocabulary_tiles, parts)
     parts = triton.cdiv(vocabulary_tiles, tiles_of_a_part)  # none is empty: an empty part would have the maximum −inf
     partial = torch.empty(4, parts, t, dtype=torch.float32, device=h_td.device)
@@ -126,6 +156,7 @@ def forward(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float) ->
         d,
         tiles_of_a_part * tiles.v,
         1.0 / temperature,
+        WITH_ENTROPY=with_entropy,
         BLOCK_T=tiles.t,
         BLOCK_V=tiles.v,
         BLOCK_K=tiles.k,
@@ -133,8 +164,7 @@ def forward(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float) ->
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    launch(join_parts_kernel, (triton.cdiv(t, 256),), partial, logp_t, entropy_t, log_z_t, t, parts, BLOCK=256, num_warps=4)
-    return logp_t, entropy_t, log_z_t
+    return partial
 
 
 @triton.jit(do_not_specialize=["T", "first_v"])
@@ -152,6 +182,7 @@ def logit_gradient_kernel(
     d,
     first_v,
     inverse_temperature,
+    HAS_DENTROPY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,12 +196,14 @@ def logit_gradient_kernel(
     log_z = tl.load(log_z_ptr + t, mask=there, other=0.0)
     target = tl.load(target_ptr + t, mask=there, other=-1)
     dlogp = tl.load(dlogp_ptr + t, mask=there, other=0.0)
-    dentropy = tl.load(dentropy_ptr + t, mask=there, other=0.0)
-    entropy = tl.load(entropy_ptr + t, mask=there, other=0.0)
     log_p = z * inverse_temperature - log_z[:, None]
     p = tl.where((v < V)[None, :], tl.exp(log_p), 0.0)
     one_hot = (v[None, :] == target[:, None]).to(tl.float32)
-    dz = dlogp[:, None] * (one_hot - p) - dentropy[:, None] * p * (log_p + entropy[:, None])
+    dz = dlogp[:, None] * (one_hot - p)
+    if HAS_DENTROPY:
+        dentropy = tl.load(dentropy_ptr + t, mask=there, other=0.0)
+        entropy = tl.load(entropy_ptr + t, mask=there, other=0.0)
+        dz -= dentropy[:, None] * p * (log_p + entropy[:, None])
     dz_desc.store([t0, slab0], (dz * inverse_temperature).to(dz_desc.dtype))
 
 
@@ -179,7 +212,7 @@ def backward(
     w_vd: Tensor,
     target_t: Tensor,
     dlogp_t: Tensor,
-    dentropy_t: Tensor,
+    dentropy_t: Tensor | None,
     entropy_t: Tensor,
     log_z_t: Tensor,
     temperature: float,
@@ -203,14 +236,15 @@ def backward(
             TensorDescriptor.from_tensor(dz, [tiles.t, tiles.n]),
             target_t,
             dlogp_t,
-            dentropy_t,
-            entropy_t,
+            dlogp_t if dentropy_t is None else dentropy_t,  # not read without, nor the entropy
+            dlogp_t if dentropy_t is None else entropy_t,
             log_z_t,
             t,
             v,
             d,
             first,
             1.0 / temperature,
+            HAS_DENTROPY=dentropy_t is not None,
             BLOCK_T=tiles.t,
             BLOCK_V=tiles.n,
             BLOCK_K=tiles.k,

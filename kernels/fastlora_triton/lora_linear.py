@@ -1,10 +1,12 @@
-"""lora_linear on a GPU: a group's projections with a rank for each, in two launches forward and four backward.
+"""lora_linear on a GPU, forward: a group's projections with a rank for each, in two launches.
 
-    H  = x A_catᵀ                                    shrink_kernel           [t, d] [P, d] -> [t, P]
-    y_m = s_m H_m B_mᵀ + x W_mᵀ + b_m                expand_base_kernel      ranks first, scaled in float32, then K: y is written once
-    dH_m = s_m dy_m B_m                              rank_gradient_kernel    [t, n_m] [r_m, n_m] -> [t, P]
-    dx = Σ_m dy_m W_m + dH A_cat                     input_gradient_kernel
-    dA = dHᵀ x,  dB_mᵀ = s_m H_mᵀ dy_m               weight_gradient_kernel  split over t, then summed in a fixed order
+    H   = x A_catᵀ                        shrink_kernel        [t, d] [P, d] -> [t, P]
+    y_m = s_m H_m B_mᵀ + x W_mᵀ + b_m     expand_base_kernel   ranks first, scaled in float32, then K: y is written once
+
+or, where forward_path.py expects the library's product to gain more than y costs to be read and written again,
+
+    y_m = x W_mᵀ + b_m                    cuBLAS
+    y_m += s_m H_m B_mᵀ                   expand_add_kernel    the tiles of modules that have ranks
 
 W is the matrix [Σ n_m, d] of all members; P and the tables: group_layout.py. Operands are float32 (as TF32 or IEEE), bfloat16 or float16,
 sums float32. d and n_m are multiples of 8 and all tensors start on 16 bytes: the op refuses others by name.
@@ -12,7 +14,8 @@ sums float32. d and n_m are multiples of 8 and all tensors start on 16 bytes: th
 Numbers that follow from t are not specialised on (do_not_specialize): packed batches have a new t at every step, and Triton would compile
 anew for t = 1 and for multiples of 16.
 
-Not run on a GPU: compiled for sm_90 and run on a CPU (tests/ops/test_triton_lora_linear.py).
+Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_lora_linear.py); registers and instructions
+in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -25,16 +28,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_triton.group_layout import RANK_STEP, GroupLayout, group_layout, weight_jobs
+from fastlora_triton.forward_path import Path, select_path
+from fastlora_triton.group_layout import RANK_STEP, GroupLayout, group_layout
 from fastlora_triton.launch import launch
-from fastlora_triton.tiles import PROGRAMS_OF_TWO_WAVES, Tiles, tiles_for
+from fastlora_triton.tiles import Tiles, tiles_for
 
 ROW_GROUP = 8
 """Row tiles that run together: their x (or dy) and W tiles meet in L2."""
 
 
 @triton.jit
-def _tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
+def tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
     """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones."""
     together = ROW_GROUP * column_tiles
     first_row_tile = tl.program_id(0) // together * ROW_GROUP
@@ -44,7 +48,7 @@ def _tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
 
 
 @triton.jit
-def _module(modules_ptr, m):
+def module_row(modules_ptr, m):
     """(first column of P, rank rounded up, rank, n, first element of B) of a module, with what is known of their divisors."""
     row = modules_ptr + 6 * m
     first_column, padded_rank = tl.multiple_of(tl.load(row), 16), tl.multiple_of(tl.load(row + 1), 16)
@@ -79,6 +83,33 @@ def shrink_kernel(
     h_desc.store([t, p], acc.to(h_desc.dtype))
 
 
+@triton.jit
+def _expanded(
+    h_desc,
+    b_ptr,
+    t0,
+    columns,
+    first_column,
+    padded_rank,
+    rank,
+    n,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s_m H_m B_mᵀ [BLOCK_T, BLOCK_N], float32, of the rows from t0 and these columns; b_ptr: B_mᵀ [r_m, n_m]."""
+    r = tl.arange(0, RANK_STEP)
+    b_rows = b_ptr + r[:, None] * n + columns[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for r0 in range(0, padded_rank, RANK_STEP):
+        h_tr = h_desc.load([t0, first_column + r0])
+        b_rn = tl.load(b_rows + r0 * n, mask=(r0 + r < rank)[:, None] & (columns < n)[None, :], other=0.0)
+        acc = tl.dot(h_tr, b_rn, acc, input_precision=PRECISION)
+    return acc * scale
+
+
 @triton.jit(do_not_specialize=["T", "column_tiles"])
 def expand_base_kernel(
     x_desc,  # [T, d], blocks [BLOCK_T, BLOCK_K]
@@ -101,21 +132,16 @@ def expand_base_kernel(
     ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, tile = _tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
+    row_tile, tile = tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
     t0 = row_tile * BLOCK_T
     m = tl.load(column_tiles_ptr + 2 * tile)
     n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
-    first_column, padded_rank, rank, n, b0 = _module(modules_ptr, m)
+    first_column, padded_rank, rank, n, b0 = module_row(modules_ptr, m)
     w0 = tl.load(modules_ptr + 6 * m + 4) + n0
     columns = n0 + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, RANK_STEP)
-    b_rows = b_ptr + b0 + r[:, None] * n + columns[None, :]
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for r0 in range(0, padded_rank, RANK_STEP):
-        h_tr = h_desc.load([t0, first_column + r0])
-        b_rn = tl.load(b_rows + r0 * n, mask=(r0 + r < rank)[:, None] & (columns < n)[None, :], other=0.0)
-        acc = tl.dot(h_tr, b_rn, acc, input_precision=PRECISION)
-    acc *= tl.load(scales_ptr + m)
+    acc = _expanded(
+        h_desc, b_ptr + b0, t0, columns, first_column, padded_rank, rank, n, tl.load(scales_ptr + m), BLOCK_T, BLOCK_N, RANK_STEP, PRECISION
+    )
     for k0 in range(0, d, BLOCK_K):
         acc = tl.dot(x_desc.load([t0, k0]), w_desc.load([w0, k0]).T, acc, input_precision=PRECISION)
     if HAS_BIAS:
@@ -128,6 +154,40 @@ def expand_base_kernel(
             tl.store(y_ptrs[i] + at, acc.to(y_ptrs[i].dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["T", "column_tiles"])
+def expand_add_kernel(
+    h_desc,  # [T, P], blocks [BLOCK_T, RANK_STEP]
+    b_ptr,  # B_mᵀ [r_m, n_m] one after another
+    y_ptrs,  # y_m [T, n_m], one for each module; read, added to, written
+    modules_ptr,
+    scales_ptr,
+    column_tiles_ptr,
+    T,
+    column_tiles,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_tile, tile = tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
+    t0 = row_tile * BLOCK_T
+    m = tl.load(column_tiles_ptr + 2 * tile)
+    n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
+    first_column, padded_rank, rank, n, b0 = module_row(modules_ptr, m)
+    columns = n0 + tl.arange(0, BLOCK_N)
+    acc = _expanded(
+        h_desc, b_ptr + b0, t0, columns, first_column, padded_rank, rank, n, tl.load(scales_ptr + m), BLOCK_T, BLOCK_N, RANK_STEP, PRECISION
+    )
+    rows = t0 + tl.arange(0, BLOCK_T)
+    inside = (rows < T)[:, None] & (columns < n)[None, :]
+    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    for i in tl.static_range(len(y_ptrs)):
+        if m == i:
+            y = tl.load(y_ptrs[i] + at, mask=inside, other=0.0).to(tl.float32) + acc
+            tl.store(y_ptrs[i] + at, y.to(y_ptrs[i].dtype.element_ty), mask=inside)
+
+
 def forward(
     x_td: Tensor,
     w_nd: Tensor,
@@ -137,24 +197,43 @@ def forward(
     outs: Sequence[int],
     ranks: Sequence[int],
     scales: Sequence[float],
+    path: Path | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """(y_m [t, n_m] of every module, H [t, P]). w_nd: [Σ n_m, d]; the rest as in fastlora/ops/lora_linear.py."""
+    """(y_m [t, n_m] of every module, H [t, P]). w_nd: [Σ n_m, d]; path: None = forward_path's choice; the rest as in
+    fastlora/ops/lora_linear.py."""
     tiles = tiles_for(x_td)
-    layout = _layout(outs, ranks, scales, tiles, x_td.device)
-    t, d = x_td.shape
+    layout = layout_of(outs, ranks, scales, tiles, x_td.device)
+    t = x_td.shape[0]
     h_tp = x_td.new_empty(t, layout.columns)
     ys = [x_td.new_empty(t, n) for n in outs]
-    if t and layout.columns:
-        shrink(x_td, a_rd, h_tp, layout, tiles)
     if t == 0:
         return ys, h_tp
-    column_tiles = len(layout.column_tiles)
+    if layout.columns:
+        shrink(x_td, a_rd, h_tp, layout, tiles)
+    if (path or select_path(x_td, outs, ranks)) == "fused":
+        expand_base(x_td, w_nd, bias_n, h_tp, b_flat, ys, layout, tiles)
+        return ys, h_tp
+    for m, (y_tn, w_md) in enumerate(zip(ys, w_nd.split(list(outs)), strict=True)):
+        if bias_n is None:
+            torch.mm(x_td, w_md.t(), out=y_tn)
+        else:
+            torch.addmm(bias_n.split(list(outs))[m], x_td, w_md.t(), out=y_tn)
+    if layout.columns:
+        expand_add(h_tp, b_flat, ys, layout, tiles)
+    return ys, h_tp
+
+
+def expand_base(
+    x_td: Tensor, w_nd: Tensor, bias_n: Tensor | None, h_tp: Tensor, b_flat: Tensor, ys: Sequence[Tensor], layout: GroupLayout, tiles: Tiles
+) -> None:
+    """Fills every y_m: base and adapter in one accumulator."""
+    (t, d), column_tiles = x_td.shape, len(layout.column_tiles)
     launch(
         expand_base_kernel,
         (triton.cdiv(t, tiles.t) * column_tiles,),
-        _descriptor(x_td, tiles.t, tiles.k),
-        _descriptor(w_nd, tiles.n, tiles.k),
-        _descriptor(h_tp if layout.columns else x_td, tiles.t, RANK_STEP),  # without ranks it is not read
+        descriptor(x_td, tiles.t, tiles.k),
+        descriptor(w_nd, tiles.n, tiles.k),
+        descriptor(h_tp if layout.columns else x_td, tiles.t, RANK_STEP),  # without ranks it is not read
         b_flat,
         w_nd if bias_n is None else bias_n,
         tuple(ys),
@@ -174,237 +253,24 @@ def forward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return ys, h_tp
 
 
-def shrink(x_td: Tensor, a_rd: Tensor, h_tp: Tensor, layout: GroupLayout, tiles: Tiles) -> None:
-    """h_tp = x A_catᵀ, columns in the order of `layout`."""
-    t, d = x_td.shape
+def expand_add(h_tp: Tensor, b_flat: Tensor, ys: Sequence[Tensor], layout: GroupLayout, tiles: Tiles) -> None:
+    """Adds the adapter's part to every y_m that has one."""
+    t, column_tiles = h_tp.shape[0], len(layout.adapted_tiles)
     launch(
-        shrink_kernel,
-        (triton.cdiv(t, tiles.shrink_t), triton.cdiv(layout.columns, tiles.r)),
-        _descriptor(x_td, tiles.shrink_t, tiles.k),
-        a_rd,
-        _descriptor(h_tp, tiles.shrink_t, tiles.r),
-        layout.row_of_column,
-        layout.columns,
-        d,
-        BLOCK_T=tiles.shrink_t,
-        BLOCK_R=tiles.r,
-        BLOCK_K=tiles.k,
-        PRECISION=tiles.precision,
-        num_warps=4,
-        num_stages=tiles.stages,
-    )
-
-
-def _layout(outs: Sequence[int], ranks: Sequence[int], scales: Sequence[float], tiles: Tiles, device: torch.device) -> GroupLayout:
-    return group_layout(tuple(outs), tuple(ranks), tuple(scales), tiles.n, tiles.r, device)
-
-
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, [rows, columns])
-
-
-@triton.jit(do_not_specialize=["T"])
-def rank_gradient_kernel(
-    dy_ptrs,  # dy_m [T, n_m]
-    b_ptr,
-    dh_ptr,  # [T, P]
-    modules_ptr,
-    scales_ptr,
-    rank_tiles_ptr,
-    T,
-    P,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m = tl.load(rank_tiles_ptr + 2 * tl.program_id(1))
-    r0 = tl.multiple_of(tl.load(rank_tiles_ptr + 2 * tl.program_id(1) + 1), 16)
-    first_column, padded_rank, rank, n, b0 = _module(modules_ptr, m)
-    r, k = r0 + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    b_rows = b_ptr + b0 + r[:, None] * n + k[None, :]
-    dy_at = t.to(tl.int64)[:, None] * n + k[None, :]
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for i in tl.static_range(len(dy_ptrs)):
-        if m == i:
-            for k0 in range(0, n, BLOCK_K):
-                in_row = (k0 + k < n)[None, :]
-                dy_tk = tl.load(dy_ptrs[i] + dy_at + k0, mask=(t < T)[:, None] & in_row, other=0.0)
-                b_rk = tl.load(b_rows + k0, mask=(r < rank)[:, None] & in_row, other=0.0)
-                acc = tl.dot(dy_tk, b_rk.T, acc, input_precision=PRECISION)
-    acc *= tl.load(scales_ptr + m)
-    inside = (t < T)[:, None] & (r < padded_rank)[None, :]
-    tl.store(dh_ptr + t.to(tl.int64)[:, None] * P + (first_column + r)[None, :], acc.to(dh_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def input_gradient_kernel(
-    dy_descs,  # dy_m [T, n_m], blocks [BLOCK_T, BLOCK_K]
-    w_desc,  # [Σ n, d], blocks [BLOCK_K, BLOCK_N]
-    dh_desc,  # [T, P], blocks [BLOCK_T, RANK_STEP]
-    a_ptr,  # [R, d]
-    dx_desc,  # [T, d], blocks [BLOCK_T, BLOCK_N]
-    row_of_column_ptr,
-    modules_ptr,
-    T,
-    P,
-    d,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RANK_STEP: tl.constexpr,
-    ROW_GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    row_tile, column_tile = _tile_of_program(tl.cdiv(T, BLOCK_T), tl.cdiv(d, BLOCK_N), ROW_GROUP)
-    t0, c0 = row_tile * BLOCK_T, column_tile * BLOCK_N
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for i in tl.static_range(len(dy_descs)):
-        n = tl.load(modules_ptr + 6 * i + 3)
-        w0 = tl.load(modules_ptr + 6 * i + 4)
-        for n0 in range(0, n, BLOCK_K):
-            # Behind the last output of a module dy's block is 0; W's holds the next module's rows.
-            acc = tl.dot(dy_descs[i].load([t0, n0]), w_desc.load([w0 + n0, c0]), acc, input_precision=PRECISION)
-    c, r = c0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK_STEP)
-    for p0 in range(0, P, RANK_STEP):
-        row = tl.load(row_of_column_ptr + p0 + r)
-        a_rn = tl.load(a_ptr + row.to(tl.int64)[:, None] * d + c[None, :], mask=(row >= 0)[:, None] & (c < d)[None, :], other=0.0)
-        acc = tl.dot(dh_desc.load([t0, p0]), a_rn, acc, input_precision=PRECISION)
-    dx_desc.store([t0, c0], acc.to(dx_desc.dtype))
-
-
-@triton.jit(do_not_specialize=["T", "size", "t_of_a_split"])
-def weight_gradient_kernel(
-    rank_sides,  # (H, dH) [T, P]
-    wide_sides,  # (x [T, d], dy_m [T, n_m] for every module)
-    partial_ptr,  # [SPLITS, size of dB, then of dA], float32
-    jobs_ptr,  # [·, 7]: which rank side, which wide side, first column of P, first wide column, width, rows, first element of the output
-    factors_ptr,  # [·] s_m for dB, 1 for dA
-    T,
-    P,
-    size,
-    t_of_a_split,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    job = jobs_ptr + 7 * tl.program_id(0)
-    side, wide = tl.load(job), tl.load(job + 1)
-    p0, c0 = tl.multiple_of(tl.load(job + 2), 16), tl.multiple_of(tl.load(job + 3), 16)
-    width, rows, out = tl.multiple_of(tl.load(job + 4), 8), tl.load(job + 5), tl.load(job + 6)
-    first = tl.program_id(1) * t_of_a_split
-    end = min(first + t_of_a_split, T)
-    r, c, t = tl.arange(0, BLOCK_R), c0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
-    rank_at = (p0 + r)[None, :]
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for s in tl.static_range(len(rank_sides)):
-        for i in tl.static_range(len(wide_sides)):
-            if (side == s) & (wide == i):
-                for t0 in range(first, end, BLOCK_T):
-                    token = (t0 + t).to(tl.int64)[:, None]
-                    there = token < end
-                    left_tr = tl.load(rank_sides[s] + token * P + rank_at, mask=there & (r < rows)[None, :], other=0.0)
-                    right_tn = tl.load(wide_sides[i] + token * width + c[None, :], mask=there & (c < width)[None, :], other=0.0)
-                    acc = tl.dot(left_tr.T, right_tn, acc, input_precision=PRECISION)
-    acc *= tl.load(factors_ptr + tl.program_id(0))
-    inside = (r < rows)[:, None] & (c < width)[None, :]
-    to = partial_ptr + tl.program_id(1).to(tl.int64) * size + out + r[:, None] * width + c[None, :]
-    tl.store(to, acc, mask=inside)
-
-
-@triton.jit(do_not_specialize=["size_b", "size", "splits"])
-def sum_splits_kernel(partial_ptr, mask_ptr, db_ptr, da_ptr, size_b, size, splits, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """dB = mask · Σ over splits, dA = Σ over splits, in the order of the splits: the same bits at every run."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial_ptr + i, mask=i < size, other=0.0)
-        partial_ptr += size
-    in_b = i < size_b
-    if HAS_MASK:
-        total = tl.where(tl.load(mask_ptr + i, mask=in_b, other=1) != 0, total, 0.0)
-    tl.store(db_ptr + i, total.to(db_ptr.dtype.element_ty), mask=in_b)
-    tl.store(da_ptr + i - size_b, total.to(da_ptr.dtype.element_ty), mask=(i >= size_b) & (i < size))
-
-
-def backward(
-    dys: Sequence[Tensor],
-    x_td: Tensor,
-    h_tp: Tensor,
-    w_nd: Tensor,
-    a_rd: Tensor,
-    b_flat: Tensor,
-    b_mask: Tensor | None,
-    outs: Sequence[int],
-    ranks: Sequence[int],
-    scales: Sequence[float],
-    need_dx: bool,
-    need_da: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [t, d] or empty, dA [R, d] or empty, dB flat). h_tp: as `forward` returned it; w_nd: [Σ n_m, d]."""
-    tiles = tiles_for(x_td)
-    layout = _layout(outs, ranks, scales, tiles, x_td.device)
-    t, d = x_td.shape
-    dh_tp = torch.empty_like(h_tp)
-    if t:
-        rank_gradient(dys, b_flat, dh_tp, layout, tiles)
-    dx_td = x_td.new_empty(t, d) if need_dx else x_td.new_empty(0)
-    if need_dx and t:
-        input_gradient(dys, w_nd, dh_tp, a_rd, dx_td, layout, tiles)
-    db_flat, da_rd = torch.empty_like(b_flat), torch.empty_like(a_rd) if need_da else a_rd.new_empty(0)
-    weight_gradients(dys, x_td, h_tp, dh_tp, b_mask, db_flat, da_rd, outs, ranks, scales, tiles)
-    return dx_td, da_rd, db_flat
-
-
-def rank_gradient(dys: Sequence[Tensor], b_flat: Tensor, dh_tp: Tensor, layout: GroupLayout, tiles: Tiles) -> None:
-    """dh_tp = s_m dy_m B_m, a tile of ranks of one module a program."""
-    t, columns = dh_tp.shape
-    launch(
-        rank_gradient_kernel,
-        (triton.cdiv(t, tiles.shrink_t), len(layout.rank_tiles)),
-        tuple(dys),
+        expand_add_kernel,
+        (triton.cdiv(t, tiles.t) * column_tiles,),
+        descriptor(h_tp, tiles.t, RANK_STEP),
         b_flat,
-        dh_tp,
+        tuple(ys),
         layout.modules,
         layout.scales,
-        layout.rank_tiles,
+        layout.adapted_tiles,
         t,
-        columns,
-        BLOCK_T=tiles.shrink_t,
-        BLOCK_R=tiles.r,
-        BLOCK_K=tiles.k,
-        PRECISION=tiles.precision,
-        num_warps=4,
-        num_stages=tiles.stages,
-    )
-
-
-def input_gradient(
-    dys: Sequence[Tensor], w_nd: Tensor, dh_tp: Tensor, a_rd: Tensor, dx_td: Tensor, layout: GroupLayout, tiles: Tiles
-) -> None:
-    """dx_td = Σ_m dy_m W_m + dH A_cat in one accumulator."""
-    t, d = dx_td.shape
-    launch(
-        input_gradient_kernel,
-        (triton.cdiv(t, tiles.t) * triton.cdiv(d, tiles.n),),
-        tuple(_descriptor(dy, tiles.t, tiles.k) for dy in dys),
-        _descriptor(w_nd, tiles.k, tiles.n),
-        _descriptor(dh_tp if layout.columns else dx_td, tiles.t, RANK_STEP),
-        a_rd,
-        _descriptor(dx_td, tiles.t, tiles.n),
-        layout.row_of_column,
-        layout.modules,
-        t,
-        layout.columns,
-        d,
+        column_tiles,
         BLOCK_T=tiles.t,
         BLOCK_N=tiles.n,
-        BLOCK_K=tiles.k,
         RANK_STEP=RANK_STEP,
         ROW_GROUP=ROW_GROUP,
         PRECISION=tiles.precision,
@@ -413,59 +279,32 @@ def input_gradient(
     )
 
 
-def weight_gradients(
-    dys: Sequence[Tensor],
-    x_td: Tensor,
-    h_tp: Tensor,
-    dh_tp: Tensor,
-    b_mask: Tensor | None,
-    db_flat: Tensor,
-    da_rd: Tensor,
-    outs: Sequence[int],
-    ranks: Sequence[int],
-    scales: Sequence[float],
-    tiles: Tiles,
-) -> None:
-    """Fills db_flat and da_rd (empty: not wanted): all products of the group in one launch, then the sum over splits."""
+def shrink(x_td: Tensor, a_rd: Tensor, h_tp: Tensor, layout: GroupLayout, tiles: Tiles) -> None:
+    """h_tp = x A_catᵀ, columns in the order of `layout`."""
     t, d = x_td.shape
-    size = db_flat.numel() + da_rd.numel()
-    if t == 0 or size == 0:
-        db_flat.zero_(), da_rd.zero_()
-        return
-    jobs = weight_jobs(tuple(outs), tuple(ranks), tuple(scales), d if da_rd.numel() else 0, tiles.r, tiles.n, x_td.device)
-    splits = min(triton.cdiv(PROGRAMS_OF_TWO_WAVES, len(jobs.table)), triton.cdiv(t, tiles.k))
-    t_of_a_split = triton.cdiv(triton.cdiv(t, splits), tiles.k) * tiles.k
-    partial = torch.empty(splits, size, dtype=torch.float32, device=x_td.device)
     launch(
-        weight_gradient_kernel,
-        (len(jobs.table), splits),
-        (h_tp, dh_tp),
-        (x_td, *dys),
-        partial,
-        jobs.table,
-        jobs.factors,
-        t,
-        h_tp.shape[1],
-        size,
-        t_of_a_split,
+        shrink_kernel,
+        (triton.cdiv(t, tiles.shrink_t), triton.cdiv(layout.columns, tiles.r)),
+        descriptor(x_td, tiles.shrink_t, tiles.k),
+        a_rd,
+        descriptor(h_tp, tiles.shrink_t, tiles.r),
+        layout.row_of_column,
+        layout.columns,
+        d,
+        BLOCK_T=tiles.shrink_t,
         BLOCK_R=tiles.r,
-        BLOCK_N=tiles.n,
-        BLOCK_T=tiles.k,
+        BLOCK_K=tiles.k,
         PRECISION=tiles.precision,
         num_warps=4,
         num_stages=tiles.stages,
     )
-    launch(
-        sum_splits_kernel,
-        (triton.cdiv(size, 1024),),
-        partial,
-        partial if b_mask is None else b_mask.view(torch.uint8),  # without a mask it is not read
-        db_flat,
-        da_rd if da_rd.numel() else db_flat,  # nothing of dA is written then
-        db_flat.numel(),
-        size,
-        splits,
-        HAS_MASK=b_mask is not None,
-        BLOCK=1024,
-        num_warps=4,
-    )
+
+
+def layout_of(outs: Sequence[int], ranks: Sequence[int], scales: Sequence[float], tiles: Tiles, device: torch.device) -> GroupLayout:
+    """The group's tables for these tiles."""
+    return group_layout(tuple(outs), tuple(ranks), tuple(scales), tiles.n, tiles.r, device)
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix, in blocks [rows, columns]: loads of it run through the TMA where there is one."""
+    return TensorDescriptor.from_tensor(tensor, [rows, columns])

@@ -48,7 +48,10 @@ def measured() -> Measured:
             "full": (ours, full),
         },
         steps={"default": (ours, result(TRL, 40.0, 1)), "best": (ours, result(SMALL, 10.0, 1))},
-        errors={"bfloat16": (Errors(1.0, 3.0), Errors(2.0, 4.0)), "float32": (Errors(1.0, 1.0), Errors(1.0, 2.0))},
+        errors={
+            "bfloat16": (Errors(1.0, 3.0, (3.0,)), Errors(2.0, 4.0, (4.0,))),
+            "float32": (Errors(1.0, 1.0, (1.0,)), Errors(1.0, 2.0, (2.0,))),
+        },
         lora=Work(Counter({(10, 10, 10): 1}), attention_flops=1000.0),
         full=Work(Counter({(10, 10, 10): 2}), attention_flops=1000.0),
         gemms={
