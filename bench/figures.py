@@ -6,6 +6,7 @@ Every number on the page is read from bench/results/DEVICE/*.jsonl; the same row
     train_step.jsonl            contenders
     ops.jsonl                   ops
     scaling.jsonl               growth, time split
+    gpu.jsonl                   a card's: ops and other libraries (bench.gpu); its folder has no other file
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def readme_part(devices: Sequence[Path]) -> str:
 
 def device_section(folder: Path, docs: Path) -> str:
     """Markdown of one device; its figures are written to `docs`."""
+    if on_a_card := read_rows(folder / "gpu.jsonl"):
+        return card_section(current(on_a_card))
     rows = {name: read_rows(folder / f"{name}.jsonl") for name in COMMANDS}
     measured = [row for found in rows.values() for row in found]
     parts = [f"## {measured[-1]['device']}, {measured[-1]['threads']} threads\n"]
@@ -75,6 +78,21 @@ def device_section(folder: Path, docs: Path) -> str:
         else:
             parts.append(f"Not measured on this device: `python -m {COMMANDS[name]}`.\n")
     return "\n".join(parts)
+
+
+def card_section(rows: Sequence[Row]) -> str:
+    """Every op and race on a GPU; an entrant without a time has its reason in the place of the numbers."""
+    lines = []
+    for row in rows:
+        numbers: tuple[str, ...] = (row["refused"], *[""] * 6)
+        if row["median"] is not None:
+            times = (f"{1e3 * row[name]:.3f}" for name in ("median", "p20", "p80"))
+            rates = (blank(row["gflop_per_s"] and row["gflop_per_s"] / 1e3, ".0f"), blank(row["gb_per_s"], ".0f"))
+            numbers = (*times, *rates, blank(row["share_of_peak"], ".0%"), blank(row["x_baseline"], ".2f"))
+        lines.append((f"`{row['op']}`", row["model"] or "", row["shape"], row["dtype"], row["implementation"], *numbers))
+    headings = ("op", "model", "shape", "dtype", "entrant", "median ms", "p20", "p80", "TFLOP/s", "GB/s", "share of peak", "× baseline")
+    written = f"Commit {str(rows[-1]['commit'])[:12]}, `python -m bench.gpu`.\n"
+    return "\n".join((f"## {rows[-1]['device']}\n", markdown(headings, lines), written))
 
 
 def targets_part(rows: Sequence[Row], device: str, docs: Path) -> str:

@@ -1,4 +1,5 @@
-"""What bench/test_ops.py times: every op of fastlora.ops on arguments of the shapes that one update of SmolLM2 gives it.
+"""What bench/test_ops.py times, and bench/gpu.py with larger models: every op of fastlora.ops on arguments of the shapes that one update
+gives it. SmolLM2's:
 
 An update of 4 prompts (115 tokens) × 4 completions (128): T = 4 · (115 + 4 · 127) = 2,492 packed tokens, C = 2,048 predicting rows.
 The two ops of the sampler get what a decoding step halfway through gives them.
@@ -73,7 +74,8 @@ class Case:
     shape: str
     """In words, for the row."""
     arguments: Callable[[torch.dtype], tuple[Any, ...]]
-    """Of the op. A backward op's come from the forward op, in the implementation that is selected at that moment."""
+    """Of the op, on torch's default device. A backward op's come from the forward op, in the implementation that is selected at that
+    moment."""
     gemms: Counter[Shape]
     """(m, k, n) -> how many products the op consists of; its peak is the best GEMM of these. Empty: the op moves memory."""
     dtypes: tuple[torch.dtype, ...] = BOTH
@@ -107,9 +109,21 @@ def cases(update: Update) -> Iterator[Case]:
     yield from _sampler_cases(update)
 
 
+def _generator() -> torch.Generator | None:
+    """On torch's default device; none where tensors hold no numbers."""
+    device = torch.get_default_device()
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+
+def _indices(values: list[int]) -> Tensor:
+    """int64 on torch's default device; with numbers also where other tensors have none, since costs are counted from them."""
+    device = torch.get_default_device()
+    return torch.tensor(values, device="cpu" if device.type == "meta" else device)
+
+
 def _random() -> Callable[..., Tensor]:
     """normal(*shape) in float32, the same numbers for every case."""
-    generator = torch.Generator().manual_seed(0)
+    generator = _generator()
     return lambda *shape: torch.randn(*shape, generator=generator)
 
 
@@ -123,9 +137,9 @@ def _lora_cases(update: Update) -> Iterator[Case]:
         def forward(dtype: torch.dtype, d: int = d, outs: list[int] = outs, total: int = total) -> tuple[Any, ...]:
             normal = _random()
             x, a_rd, b_flat = normal(t, d), normal(total, d) / d**0.5, normal(r * sum(outs)) / r**0.5
-            weights = [(normal(n, d) / d**0.5).to(dtype) for n in outs]
+            weights = (normal(sum(outs), d) / d**0.5).to(dtype).split(outs)  # one matrix, as lora.packed.attach joins them on a GPU
             scales = [ALPHA / r] * len(outs)
-            return x.to(dtype), weights, [None] * len(outs), a_rd.to(dtype), b_flat.to(dtype), None, [r] * len(outs), scales, []
+            return x.to(dtype), list(weights), [None] * len(outs), a_rd.to(dtype), b_flat.to(dtype), None, [r] * len(outs), scales, []
 
         def backward(dtype: torch.dtype, forward: Callable[..., Any] = forward) -> tuple[Any, ...]:
             x, weights, _, a_rd, b_flat, mask, ranks, scales, absmaxes = arguments = forward(dtype)
@@ -203,7 +217,7 @@ def _head_cases(update: Update) -> Iterator[Case]:
     c, d, v, tile = update.rows, update.model.hidden_size, update.model.vocab_size, update.tile_rows
 
     def targets(rows: int) -> Tensor:
-        return torch.randint(v, (rows,), generator=torch.Generator().manual_seed(0))
+        return torch.randint(v, (rows,), generator=_generator())
 
     def head(dtype: torch.dtype) -> tuple[Any, ...]:
         normal = _random()
@@ -287,19 +301,19 @@ def _optimizer_cases(update: Update) -> Iterator[Case]:
 def _sampler_cases(update: Update) -> Iterator[Case]:
     m, n, length = update.model, update.samples, max(max(group.completions) for group in update.groups)
     q_width, kv_width, own = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim, length // 2
-    starts = torch.tensor(list(accumulate((group.prompt for group in update.groups), initial=0)))
-    prompts = torch.tensor([index for index, group in enumerate(update.groups) for _ in group.completions])
+    starts = list(accumulate((group.prompt for group in update.groups), initial=0))
+    prompts = [index for index, group in enumerate(update.groups) for _ in group.completions]
 
     def attention(dtype: torch.dtype) -> tuple[Any, ...]:
         normal = _random()
         inputs = [normal(n, q_width), normal(n, kv_width), normal(n, kv_width), *_rotary(normal, n, m.head_dim)]
-        inputs += [normal(int(starts[-1]), kv_width) for _ in "kv"]
+        inputs += [normal(starts[-1], kv_width) for _ in "kv"]
         caches = [normal(n, length, kv_width).to(dtype) for _ in "kv"]
-        layout = (starts, prompts, *caches, torch.arange(n), own, m.head_dim, m.head_dim**-0.5, 0)
+        layout = (_indices(starts), _indices(prompts), *caches, torch.arange(n), own, m.head_dim, m.head_dim**-0.5, 0)
         return *(x.to(dtype) for x in inputs), *layout
 
     def rows(dtype: torch.dtype) -> tuple[Any, ...]:
-        uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        uniforms = torch.rand(n, generator=_generator(), dtype=torch.float64)
         return (2 * _random()(n, m.vocab_size)).to(dtype), uniforms, 1.0
 
     words = f"{n} rows, prompts of {update.groups[0].prompt} and {own} own tokens"

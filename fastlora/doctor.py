@@ -15,10 +15,11 @@ import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import import_module, metadata, util
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from rich.table import Table
 
 import fastlora.ops
 from fastlora import extension
+from fastlora.evidence import Evidence
 from fastlora.ops.registry import NAMES, Dispatch, dispatchers
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "math-verify", "reasoning-gym", "numpy")
@@ -33,15 +35,21 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", 
 OPTIONAL = {
     "bitsandbytes": ("bitsandbytes", "base weights in 4 bits (model.quantization = 'nf4')"),
     "triton": ("triton", "kernels on a GPU"),
-    "flash-attn": ("flash_attn", "attention over packed tokens on a GPU, which fastlora does not use yet"),
-    "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU, which fastlora does not use yet"),
+    "flash-attn": ("flash_attn", "attention over packed tokens on a GPU, in the place of torch's own build of it"),
+    "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU"),
     "vllm": ("vllm", "faster sampling on a GPU, which fastlora does not use yet"),
 }
 """Distribution -> (module, what it is for)."""
 
-IMPLEMENTATION_TITLES = {"reference": "reference", "torch": "torch", "cpp": "C++ (CPU)", "triton": "Triton (GPU)"}
-RUN_ON_A_GPU: frozenset[str] = frozenset()
-"""Ops whose GPU tests have passed on one; an op is added together with the result row that shows it."""
+COLUMNS: dict[str, dict[str, str]] = {
+    "reference": {"reference": ""},
+    "CPU": {"torch": "torch", "cpp": "C++"},
+    "Triton": {"triton": ""},
+    "CUDA": {"cuda": ""},
+    "library on a GPU": {"liger": "Liger", "flex": "flex_attention", "flash": "FlashAttention"},
+}
+"""Heading of the matrix -> implementation -> what to call it there."""
+REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,26 +170,32 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
 
 
 def matrix() -> str:
-    """Markdown table of every op and the implementations that the code has for it, whatever this machine can run."""
+    """Markdown table of every op and what is known of its implementations (`evidence`), whatever this machine can run.
+
+    Raises EvidenceError outside of a checkout.
+    """
     _load_every_op()
-    names = [name for name in NAMES if any(name in dispatch.implementations for dispatch in dispatchers.values())]
-    lines = [
-        f"| op | {' | '.join(IMPLEMENTATION_TITLES[name] for name in names)} | on a GPU |",
-        f"|---|{'---|' * len(names)}---|",
-    ]
+    evidence = Evidence(REPOSITORY)
+    lines = [f"| op | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for op, dispatch in sorted(dispatchers.items()):
         if op.removesuffix("_backward") in dispatchers and op.endswith("_backward"):
             continue
         backward = dispatchers.get(f"{op}_backward")
-        cells = [_cell(name, dispatch, backward) for name in names]
-        on_gpu = "yes" if op in RUN_ON_A_GPU else "not run on a GPU"
-        lines.append(f"| `{op}`{', forward and backward' if backward else ''} | {' | '.join(cells)} | {on_gpu} |")
+        cells = [_cell(titles, dispatch, backward, evidence) for titles in COLUMNS.values()]
+        lines.append(f"| `{op}`{', forward and backward' if backward else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(name: str, forward: Dispatch, backward: Dispatch | None) -> str:
-    has = [name in dispatch.implementations for dispatch in (forward, backward) if dispatch is not None]
-    return "yes" if all(has) else "–" if not any(has) else "forward" if has[0] else "backward"
+def _cell(titles: Mapping[str, str], forward: Dispatch, backward: Dispatch | None, evidence: Evidence) -> str:
+    """`tested (torch, C++)`: implementations of one state together; what only one direction has, or both unlike, is said."""
+    names_of: dict[str, list[str]] = {}
+    for name, title in titles.items():
+        states = [evidence.state(dispatch, name) for dispatch in (forward, backward) if dispatch is not None]
+        if any(states):
+            ways = [f"{way} {state or '–'}" for way, state in zip(("forward", "backward"), states, strict=False)]
+            names_of.setdefault(str(states[0]) if len(set(states)) == 1 else ", ".join(ways), []).append(title)
+    cells = [f"{state} ({', '.join(names)})" if all(names) else state for state, names in names_of.items()]
+    return "; ".join(cells) or "–"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

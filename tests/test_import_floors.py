@@ -25,7 +25,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.config",
         "fastlora.errors",
         "fastlora.extension",
+        "fastlora.flash_attention",
+        "fastlora.flex",
         "fastlora.interrupt",
+        "fastlora.liger",
         "fastlora.nf4",
         "fastlora.statistics",
         "fastlora.types",
@@ -60,7 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.run_folder",
     ),
     ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.trainer"),
-    ("fastlora.doctor", "fastlora.dry_run", "fastlora.evaluate.__main__", "fastlora.session"),
+    ("fastlora.doctor", "fastlora.dry_run", "fastlora.evaluate.__main__", "fastlora.evidence", "fastlora.session"),
     ("train",),
 )
 """Low to high: a module imports its own floor and those below. A new module of fastlora/ must be given a floor here."""

@@ -45,6 +45,19 @@ KERNEL_ERROR_FLOOR = 3e-7
 """Added to it, relative: a probability that attention recomputes from a log-sum-exp in float32 carries the rounding of a number of size 4
 to 8, 2^-24 · 5 = 3e-7, where the reference keeps the probability itself. Nothing in bfloat16 (2^-9 = 2e-3) can hide behind it."""
 
+GPU_ERROR_FACTOR = {"bf16": 1.1, "fp16": 1.1, "tf32": 1.5, "fp32": 1.5}
+"""Error against fp64 of a GPU kernel, as a multiple of torch's own on the same card at the same precision. In bf16 and fp16 the rounding of
+the outputs decides, which both have (torch in PEFT's order rounds more often): a tenth for luck. In TF32 and float32 sums in another order
+decide."""
+
+LIBRARY_ERROR_FACTOR = 1.6
+"""The same for Liger and FlashAttention, where a number is rounded twice that torch rounds once: silu(gate) before its product with up, the
+two outputs of attention before they are joined: √2, and a tenth for luck."""
+
+GPU_STEP_IN_FLOAT32 = 1e-4
+"""Relative error of a matrix's gradient between two float32 devices through two layers: some hundred roundings of 2^-24 = 6e-8 on the way,
+a few per cent of cancellation in the loss's sum of positive and negative advantages; a wrong term costs per cents."""
+
 SAME_IN_FLOAT32 = 2e-6
 """One float32 computation on two memory layouts, numbers of order 1 to 10: torch may sum or vectorise in another order, some 2^-24 · 10."""
 

@@ -16,12 +16,14 @@ Backward, with lse_ih = log Σ_j e^S_ij kept and δ_ih = dout_ih · out_ih:
 
 FLOPs: 4 e per query head and visible pair forward, 10 e backward. Implementations: `reference` is one torch SDPA call per segment (or per
 run of equal segments) over root and own keys, whose mask is lower-right causal and never built on a GPU; `cpp` packs the
-keys of a family once for all its segments and heads.
+keys of a family once for all its segments and heads; on a GPU `flash` is two calls of FlashAttention's kernels joined by their
+log-sum-exps (fastlora/flash_attention.py, with Liger's rotary embedding), and `flex`, for what those refuse, one call of flex_attention
+(fastlora/flex.py; its backward pass computes the forward pass again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from fastlora import flash_attention, flex, liger
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
@@ -39,6 +42,24 @@ def rotate(x_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None) -> Tenso
         return x_the
     first, second = x_the.chunk(2, dim=-1)
     return x_the * cos_te[:, None] + torch.cat([-second, first], dim=-1) * sin_te[:, None]
+
+
+def _rotate_back(x_the: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
+    """The transpose of `rotate`: what a gradient of rotated heads is to the heads."""
+    first, second = (x_the * sin_te[:, None]).chunk(2, dim=-1)
+    return x_the * cos_te[:, None] - torch.cat([-second, first], dim=-1)
+
+
+def _rotate_both(
+    q_the: Tensor, k_the: Tensor, cos_te: Tensor | None, sin_te: Tensor | None, *, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned, or gradients turned back; by Liger's kernel where it runs. Not differentiable."""
+    if cos_te is None or sin_te is None:
+        return q_the, k_the
+    if liger.refuses(q_the.device, q_the) is None:
+        return liger.rotate(q_the, k_the, cos_te, sin_te, back=back)
+    turn = _rotate_back if back else rotate
+    return turn(q_the, cos_te, sin_te), turn(k_the, cos_te, sin_te)
 
 
 def _runs(cu_seqlens: Sequence[int], roots: Sequence[int]) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
@@ -77,7 +98,16 @@ def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tens
     return mask.triu(keys - queries - window + 1) if window else mask
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int], float, int], Tensor]
+"""(rotated q [t, H, e], rotated k, v [t, K, e], cu_seqlens, roots, scaling, window) -> out [t, H, e], differentiable."""
+
+
+def _heads(head_dim: int, *tensors: Tensor) -> list[Tensor]:
+    return [x.reshape(len(x), x.shape[1] // head_dim, head_dim) for x in tensors]
+
+
 def _rotated_attention(
+    attend: Attend,
     q_td: Tensor,
     k_td: Tensor,
     v_td: Tensor,
@@ -89,9 +119,9 @@ def _rotated_attention(
     scaling: float,
     window: int,
 ) -> Tensor:
-    q_the, k_the, v_the = (x.reshape(len(x), x.shape[1] // head_dim, head_dim) for x in (q_td, k_td, v_td))
+    q_the, k_the, v_the = _heads(head_dim, q_td, k_td, v_td)
     q_the, k_the = rotate(q_the, cos_te, sin_te), rotate(k_the, cos_te, sin_te)
-    return _attend(q_the, k_the, v_the, cu_seqlens, roots, scaling, window).reshape(q_td.shape)
+    return attend(q_the, k_the, v_the, cu_seqlens, roots, scaling, window).reshape(q_td.shape)
 
 
 def _reference(
@@ -107,11 +137,29 @@ def _reference(
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, lse [H, t] or empty [0] where the implementation recomputes it)."""
-    out_td = _rotated_attention(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+    out_td = _rotated_attention(_attend, q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
     return out_td, q_td.new_empty(0, dtype=torch.promote_types(q_td.dtype, torch.float32))  # SDPA keeps its lse to itself
 
 
 _forward = Dispatch("packed_attention", _reference)
+
+
+def _flex_refuses(device: torch.device, *args: Any) -> str | None:
+    """Of either pass: (q_td, k_td, ...) or (dout_td, q_td, ...)."""
+    return flex.refuses(device, args[0], _layout_of(args)[2]) if args else flex.refuses(device)
+
+
+def _layout_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(cu_seqlens, roots, head_dim, scaling, window) of the arguments of either pass; torch leaves out a window of 0."""
+    first = next(index for index, arg in enumerate(args) if isinstance(arg, list | tuple))
+    layout = args[first:]
+    return layout if len(layout) == 5 else (*layout, 0)
+
+
+@_forward.add("flex", _flex_refuses)
+def _flex(*args: Any) -> tuple[Tensor, Tensor]:
+    out_td = _rotated_attention(flex.attend, *args[:5], *_layout_of(args))
+    return out_td, out_td.new_empty(0, dtype=torch.promote_types(out_td.dtype, torch.float32))
 
 
 def _cpp_refuses_attention(device: torch.device, *args: Any) -> str | None:
@@ -137,13 +185,31 @@ def _cpp(
     return torch.ops.fastlora_cpu.packed_attention_forward(*inputs, *_places(cu_seqlens, roots), *options)
 
 
+def _flash_refuses(device: torch.device, *args: Any) -> str | None:
+    """Of either pass."""
+    if not args:
+        return flash_attention.refuses(device)
+    _, _, head_dim, _, window = _layout_of(args)
+    return flash_attention.refuses(device, args[0], head_dim, window)
+
+
+@_forward.add("flash", _flash_refuses)
+def _flash(
+    q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, cu_seqlens: Any, roots: Any, head_dim: int, scaling: float, *_: Any
+) -> tuple[Tensor, Tensor]:
+    q_the, k_the, v_the = _heads(head_dim, q_td, k_td, v_td)
+    q_the, k_the = _rotate_both(q_the, k_the, cos_te, sin_te)
+    out, lse_ht = flash_attention.forward(flash_attention.kernels(), q_the, k_the, v_the, cu_seqlens, roots, scaling)
+    return out.reshape(q_td.shape), lse_ht
+
+
 packed_attention_op = _forward.torch_op()
 
 
 @packed_attention_op.register_fake
 def _(q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window=0):  # type: ignore[no-untyped-def]
     args = (q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
-    kept = _forward.select(q_td.device, *args).name == "cpp"
+    kept = _forward.select(q_td.device, *args).name in ("cpp", "flash")
     wide = torch.promote_types(q_td.dtype, torch.float32)
     return q_td.new_empty(q_td.shape), q_td.new_empty((q_td.shape[1] // head_dim, len(q_td)) if kept else 0, dtype=wide)
 
@@ -164,11 +230,18 @@ def _reference_backward(
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), with respect to the vectors before their rotation."""
+    return _gradients(_attend, dout_td, q_td, k_td, v_td, cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+
+
+def _gradients(
+    attend: Attend, dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, *tables_and_layout: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by autograd, through the forward pass again."""
     # The body of an op runs below autograd, where enable_grad alone records nothing: its dispatch key has to be let in again.
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
         torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
         leaves = [x.detach().requires_grad_() for x in (q_td, k_td, v_td)]
-        out = _rotated_attention(leaves[0], leaves[1], leaves[2], cos_te, sin_te, cu_seqlens, roots, head_dim, scaling, window)
+        out = _rotated_attention(attend, leaves[0], leaves[1], leaves[2], *tables_and_layout)
         dq, dk, dv = torch.autograd.grad(out, leaves, dout_td, materialize_grads=True)
     return dq, dk, dv
 
@@ -176,20 +249,44 @@ def _reference_backward(
 _backward = Dispatch("packed_attention_backward", _reference_backward)
 
 
-def _cpp_refuses_backward(device: torch.device, *args: Any) -> str | None:
-    if (reason := _cpp_refuses_attention(device, *args)) or not args:
-        return reason
-    out_td, lse = args[6:8]
-    kept = lse.numel() or not out_td.numel()
-    return None if kept else "it needs the log-sum-exp, which the implementation that ran the forward pass did not keep"
+@_backward.add("flex", _flex_refuses)
+def _flex_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(flex.attend, *args[:6], *_layout_of(args))
 
 
-@_backward.add("cpp", _cpp_refuses_backward)
+def _with_lse(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`refuses`, and a forward pass that kept no log-sum-exp."""
+
+    def stricter(device: torch.device, *args: Any) -> str | None:
+        if (reason := refuses(device, *args)) or not args:
+            return reason
+        out_td, lse = args[6:8]
+        kept = lse.numel() or not out_td.numel()
+        return None if kept else "it needs the log-sum-exp, which the implementation that ran the forward pass did not keep"
+
+    return stricter
+
+
+@_backward.add("cpp", _with_lse(_cpp_refuses_attention))
 def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, out_td, lse = args[:8]
     cu_seqlens, roots, *options = args[8:]
     out_td = out_td.contiguous()
     return torch.ops.fastlora_cpu.packed_attention_backward(*_contiguous(*inputs), *_places(cu_seqlens, roots), out_td, lse, *options)
+
+
+@_backward.add("flash", _with_lse(_flash_refuses))
+def _flash_backward(
+    dout_td: Tensor, q_td: Tensor, k_td: Tensor, v_td: Tensor, cos_te: Any, sin_te: Any, out_td: Tensor, lse: Tensor, *layout: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens, roots, head_dim, scaling, *_ = layout
+    dout, q_the, k_the, v_the, out = _heads(head_dim, dout_td, q_td, k_td, v_td, out_td)
+    q_the, k_the = _rotate_both(q_the, k_the, cos_te, sin_te)
+    dq, dk, dv = flash_attention.backward(
+        flash_attention.kernels(), dout.contiguous(), q_the, k_the, v_the, out.contiguous(), lse, cu_seqlens, roots, scaling
+    )
+    dq, dk = _rotate_both(dq, dk, cos_te, sin_te, back=True)
+    return dq.reshape(q_td.shape), dk.reshape(k_td.shape), dv.reshape(v_td.shape)
 
 
 packed_attention_backward_op = _backward.torch_op()

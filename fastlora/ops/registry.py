@@ -20,7 +20,7 @@ from fastlora import extension
 from fastlora.errors import FastloraError
 
 NAMESPACE = "fastlora"
-NAMES = ("reference", "torch", "cpp", "triton")
+NAMES = ("reference", "torch", "cpp", "triton", "liger", "flex", "flash")
 """Implementations that can be asked for, besides `auto`."""
 TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 """A100; H100 and H200; B200: the rows of kernels/fastlora_triton/tiles.py, which this module cannot import where triton is missing."""

@@ -7,7 +7,8 @@ Backward, with g_td = w_d dy_td:
     dx_td = r_t (g_td − x_td r_t² mean_d(g_td x_td))        dw_d = Σ_t dy_td x_td r_t
 
 Statistics in float32 (float64 for float64), one rounding at the end; Hugging Face's modules round x r to the dtype of x before the gain.
-Bytes: forward reads x and writes y; backward reads dy and x and writes dx. FLOPs: some 4 an entry forward, 8 backward.
+On a GPU: Liger's kernels, where they are installed (fastlora/liger.py). Bytes: forward reads x and writes y; backward reads dy and x and
+writes dx. FLOPs: some 4 an entry forward, 8 backward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora import liger
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
@@ -39,6 +41,8 @@ _forward = Dispatch("rms_norm", _reference)
 def _cpp(x: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.ops.fastlora_cpu.rms_norm_forward(x.contiguous(), weight_d.contiguous(), eps)
 
+
+_forward.add("liger", liger.refuses)(liger.rms_norm)
 
 rms_norm_op = _forward.torch_op()
 
@@ -66,6 +70,8 @@ def _cpp_backward(dy: Tensor, x: Tensor, weight_d: Tensor, rstd_t: Tensor, need_
     dx, partial_bd = torch.ops.fastlora_cpu.rms_norm_backward(*tensors, need_dw)
     return dx, partial_bd.sum(0).to(weight_d.dtype) if need_dw else weight_d.new_empty(0)
 
+
+_backward.add("liger", liger.refuses)(liger.rms_norm_backward)
 
 rms_norm_backward_op = _backward.torch_op()
 

@@ -3,8 +3,9 @@
     σ = 1 / (1 + e^−gate)        y = gate σ up
     d gate = dy up σ (1 + gate (1 − σ))        d up = dy gate σ
 
-Nothing besides the inputs is kept. Computed in float32 (float64 for float64) and rounded once. Bytes: forward reads two and writes
-one tensor, backward reads three and writes two. FLOPs: some 15 an entry (the exponential), twice.
+Nothing besides the inputs is kept. Computed in float32 (float64 for float64) and rounded once. On a GPU: Liger's kernels, where they are
+installed (fastlora/liger.py). Bytes: forward reads two and writes one tensor, backward reads three and writes two. FLOPs: some 15 an entry
+(the exponential), twice.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora import liger
 from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses
 
 
@@ -36,6 +38,8 @@ _forward = Dispatch("swiglu", _reference)
 def _cpp(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.fastlora_cpu.swiglu_forward(gate.contiguous(), up.contiguous())
 
+
+_forward.add("liger", liger.refuses)(liger.swiglu)
 
 swiglu_op = _forward.torch_op()
 
@@ -59,6 +63,8 @@ _backward = Dispatch("swiglu_backward", _reference_backward)
 def _cpp_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.fastlora_cpu.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
 
+
+_backward.add("liger", liger.refuses)(liger.swiglu_backward)
 
 swiglu_backward_op = _backward.torch_op()
 

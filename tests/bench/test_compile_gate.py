@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+import triton
+
 from bench import compile_gate
 from bench.compile_gate import Variant, broken_limits
 from bench.cubin import Machine
@@ -45,7 +47,9 @@ def test_each_limit_is_seen_when_it_is_broken(
     broken: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
-    (tmp_path / "baseline.json").write_text(json.dumps({"shrink_kernel bf16": 128}))
+    (tmp_path / "baseline.json").write_text(
+        json.dumps({triton.__version__: {"shrink_kernel bf16": 128}, "1.0.0": {"shrink_kernel bf16": 1}})
+    )
     good = Variant("shrink_kernel", "bf16", "a case", GOOD)
     assert broken_limits([good], 90) == []
     assert f"shrink_kernel bf16 (a case): {message}" in broken_limits([replace(good, machine=replace(GOOD, **broken))], 90)

@@ -51,6 +51,22 @@ def test_every_figure_is_there_labelled_and_reproducible(tmp_path: Path) -> None
     assert any("Test CPU" in label for label in labels)
 
 
+def test_a_card_has_a_section_of_its_own_with_reasons_for_missing_times(tmp_path: Path) -> None:
+    write_all(tmp_path / "results")
+    common = {"op": "swiglu", "model": "Qwen3-8B", "shape": "[8192, 12288]", "dtype": "bfloat16", "device": "NVIDIA H100", "commit": "abc"}
+    timed = {**timing([2e-4] * 3, flops=1e12, nbytes=4e8), "share_of_peak": 0.75, "x_baseline": 2.5, "refused": None}
+    rows = [
+        {**common, "implementation": "liger", **timed},
+        {**common, "implementation": "cpp", "median": None, "refused": "it runs on the CPU"},
+    ]
+    append_rows(rows, tmp_path / "results" / "nvidia-h100" / "gpu.jsonl")
+    page = page_of(tmp_path / "results", tmp_path / "docs")
+    place = ("`swiglu`", "Qwen3-8B", "[8192, 12288]", "bfloat16")
+    assert cells(page, *place, "liger")[5:] == ["0.200", "0.200", "0.200", "5000", "2000", "75%", "2.50"]
+    assert cells(page, *place, "cpp")[5] == "it runs on the CPU"
+    assert "## NVIDIA H100\n" in page and page.count("Not measured on this device") == 0
+
+
 def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
     append_rows(ops_rows(), tmp_path / "results" / "test-cpu" / "ops.jsonl")
     page = page_of(tmp_path / "results", tmp_path / "docs")

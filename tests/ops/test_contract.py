@@ -6,8 +6,6 @@ NaN, so that an output entry that nobody wrote is seen.
 
 from __future__ import annotations
 
-import importlib
-import math
 import pkgutil
 from collections import Counter
 from typing import Any
@@ -21,27 +19,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora.ops
 from fastlora import extension
 from fastlora.ops.registry import ImplementationError, OpSpec, dispatchers, implementation_counts, use_implementation
-from tests.ops.implementations import CPP, Variant, needs_extension, running, threads
+from tests.ops.implementations import CPP, ON_A_CPU, PooledErrors, Variant, needs_extension, op_specs, running, threads
 from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
 FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given bfloat16."""
+IN_FLOAT64 = ("reference", "torch")
+"""Implementations that take float64, which is for proofs."""
 REFERENCE = Variant("reference")
 
 
-def _collect() -> list[OpSpec]:
-    """Every OpSpec at the top of a module of fastlora.ops, alone or in a tuple."""
-    specs: dict[str, OpSpec] = {}
-    for info in pkgutil.iter_modules(fastlora.ops.__path__):
-        module = importlib.import_module(f"fastlora.ops.{info.name}")
-        found = [spec for value in vars(module).values() for spec in (value if isinstance(value, tuple) else (value,))]
-        specs |= {spec.name: spec for spec in found if isinstance(spec, OpSpec)}
-    return sorted(specs.values(), key=lambda spec: spec.name)
-
-
-SPECS = _collect()
+SPECS = op_specs()
 
 
 def _variants(spec: OpSpec) -> list[Variant]:
@@ -51,9 +41,9 @@ def _variants(spec: OpSpec) -> list[Variant]:
 
 
 def _dtypes(spec: OpSpec, variant: Variant) -> list[torch.dtype]:
-    """What the variant must take: C++ and Triton no float64, which is for proofs."""
+    """What the variant must take."""
     dtypes = [torch.float32, torch.float64, torch.bfloat16]
-    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation in ("cpp", "triton"))
+    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation not in IN_FLOAT64)
     return [dtype for dtype in dtypes if dtype not in left_out]
 
 
@@ -112,8 +102,8 @@ def _writes(argument: torch.Argument) -> bool:
 def _is_on(variant: Variant, device: torch.device) -> None:
     if variant.implementation == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernels run on the CPU")
-    if variant.implementation == "triton" and device.type != "cuda":
-        pytest.skip("the Triton kernels run on a GPU; tests/ops/test_triton_*.py run them compiled for one, on the CPU")
+    if variant.implementation not in ON_A_CPU:
+        pytest.skip("for a GPU: tests/gpu runs it on one, with inputs that it takes; tests/ops/test_triton_*.py compiled, on the CPU")
 
 
 def test_every_op_of_the_package_is_found() -> None:
@@ -185,27 +175,20 @@ def test_implementations_agree_in_fp64(spec: OpSpec, device: torch.device) -> No
 def test_error_against_fp64_is_that_of_the_reference(spec: OpSpec, variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
     """Relative L2 error of each output over all samples; the truth is the reference in fp64 at the very same numbers."""
     _is_on(variant, device)
-    squares: Counter[tuple[int, str]] = Counter()
+    errors = PooledErrors()
     with running(variant):  # what a backward pass gets from its forward pass is this variant's own
         samples = list(spec.sample_inputs(dtype, device))
         results = [_run(spec, _clone(arguments)) for arguments in samples]
     with running(REFERENCE):
         for arguments, got in zip(samples, results, strict=True):
-            truths, plain = _run(spec, _in_float64(arguments)), _run(spec, _clone(arguments))
-            for index, (ours, theirs, truth) in enumerate(zip(got, plain, truths, strict=True)):
-                if ours.shape == truth.shape:  # packed_attention's lse is empty in the reference
-                    squares[index, "got"] += float((ours.double() - truth).square().sum())
-                    squares[index, "reference"] += float((theirs.double() - truth).square().sum())
-                    squares[index, "truth"] += float(truth.square().sum())
-    for index in {index for index, _ in squares}:
-        got_error, reference_error = (math.sqrt(squares[index, name] / squares[index, "truth"]) for name in ("got", "reference"))
-        assert got_error <= KERNEL_ERROR_FACTOR * reference_error + KERNEL_ERROR_FLOOR, f"output {index}"
+            errors.add(got, _run(spec, _clone(arguments)), _run(spec, _in_float64(arguments)))
+    errors.assert_within(KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "variant"),
-    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation not in ("cpp", "triton")],
+    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation in IN_FLOAT64],
 )
 def test_gradcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """Where the sample inputs ask for gradients. Masks hold entries constant, which finite differences do not: the samples run without,
@@ -254,10 +237,14 @@ def test_auto_runs_the_best_that_can(spec: OpSpec, dtype: torch.dtype) -> None:
     assert {name for op, name in ran if op == spec.name} == {wanted}
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "triton" in dispatchers[s.name].implementations], ids=lambda spec: spec.name)
-def test_triton_on_the_cpu_is_refused_by_name(spec: OpSpec) -> None:
+FOR_A_GPU = [(spec, name) for spec in SPECS for name in dispatchers[spec.name].implementations if name not in ON_A_CPU]
+
+
+@pytest.mark.parametrize(("spec", "name"), FOR_A_GPU, ids=[_id(spec.name, name) for spec, name in FOR_A_GPU])
+def test_what_is_for_a_gpu_is_refused_on_a_cpu_by_name(spec: OpSpec, name: str) -> None:
     arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
-    with use_implementation("triton"), pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'triton' .* runs on a GPU"):
+    message = rf"^{spec.name}: implementation '{name}' .* (runs on a GPU|is not installed)"
+    with use_implementation(name), pytest.raises(ImplementationError, match=message):
         _run(spec, _clone(arguments))
 
 
