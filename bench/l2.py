@@ -1,0 +1,196 @@
+"""What a launch moves between L2 and the SMs, and between memory and L2: the accesses of the compiled kernel through a model of the cache.
+
+    with counting(Memory()) as launches:
+        lora_linear.forward(...)        # nothing is computed; `launches` grows by a Traffic for every launch
+
+L2 to SM: the 32-byte sectors that each load or store of a tile covers, addresses from the TTIR of the sm_90 build (bench/triton_cpu/
+trace.py). Memory to L2: programs in launch order, 132 × the CTAs that fit an SM of them at once (bench/cubin.py), one access each a turn;
+a slot that ends takes the next program. Their accesses go through a cache of lines of 128 bytes with four sectors, least recently used out
+first. H100's 50 MB are two partitions, and a line may stand in both: 25 MB is the cautious number, 50 MB the hopeful one. The third size
+has no end: what it moves is compulsory, every byte of a tensor that the launch touches once.
+
+Simplified: the cache is fully associative; a store fetches nothing and its sectors are dirty whole; dirty lines are written when they leave
+and at the end of a launch; every launch begins with an empty cache; L1 hits, TMA multicast, page tables and instructions move nothing; warps
+of one CTA that ask for the same sector ask once; programs never drift apart. Tensors stand in memory of their own, each on a page.
+
+A model, not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from bench.cubin import read
+from bench.triton_cpu.launch import LaunchError, build, c_values, compiled, extent, grid_sizes, label, named_arguments, tensors_of
+from bench.triton_cpu.trace import translate_trace
+from fastlora_triton.front_end import compile_for
+from fastlora_triton.launch import use_launcher
+
+SMS = 132
+LINE, SECTOR = 128, 32
+MB = 2**20
+SIZES = (25 * MB, 50 * MB, 2**62)
+"""Bytes of the caches; the largest last. H100: 50 MB (NVIDIA H100 whitepaper)."""
+PAGE = 2 * MB
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("first", "end", "real")),
+        ("names", ctypes.POINTER(ctypes.c_char_p)),
+    ]
+
+
+class _Order(ctypes.Structure):
+    _fields_ = [("slots", ctypes.c_int), ("y_first", ctypes.c_int)]
+
+
+class _Counts(ctypes.Structure):
+    _fields_ = [("loads", ctypes.c_int64), ("stores", ctypes.c_int64), ("flops", ctypes.c_double)]
+
+
+class _Listing(ctypes.Structure):
+    _fields_ = [("rows", ctypes.POINTER(ctypes.c_int64)), ("count", ctypes.c_int64)]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One launch; bytes."""
+
+    kernel: str
+    programs: int
+    slots: int
+    """Programs at once."""
+    l2_bytes: int
+    """Between L2 and the SMs, loads and stores."""
+    dram_25: int
+    dram_50: int
+    compulsory: int
+    flops: float
+    """Of the products, as executed: tiles that stick out count whole."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """Addresses on an imagined GPU. Tensors on the CPU that are never written take no memory here: torch.empty of any size will do."""
+
+    y_first: bool = False
+    """Programs start with program_id(1) counting fastest: another order of a two-dimensional grid, for the search."""
+    next_address: int = PAGE
+    places: dict[int, int] = field(default_factory=dict)
+    kept: list[Tensor] = field(default_factory=list)
+    """So that no two tensors of a sequence have one storage."""
+
+    def address(self, tensor: Tensor) -> int:
+        """Of its first element."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.places:
+            self.places[storage.data_ptr()] = self.next_address
+            self.next_address += -(-storage.nbytes() // PAGE) * PAGE + PAGE
+            self.kept.append(tensor)
+        return self.places[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
+
+    def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> Traffic:
+        """Counts one launch. Raises LaunchError where it leaves its tensors."""
+        ttir, slots = _compiled(kernel, grid, args, options)
+        translation, library = build(ttir, translate_trace)
+        given = named_arguments(kernel, args, options)
+        counts, cache_ = _Counts(), _Cache()
+        message = library.launch(
+            cache_.pointer,
+            ctypes.byref(self._buffers(given)),
+            _Order(slots, self.y_first),
+            ctypes.byref(counts),
+            *grid_sizes(grid),
+            *c_values(translation, given, self.address),
+        )
+        if message:
+            raise LaunchError(f"{translation.name}: {message.decode()}")
+        dram_25, dram_50, compulsory = cache_.flushed_bytes()
+        programs = 1
+        for n in grid:
+            programs *= n
+        l2_bytes = SECTOR * (counts.loads + counts.stores)
+        return Traffic(translation.name, programs, slots, l2_bytes, dram_25, dram_50, compulsory, counts.flops)
+
+    def accesses(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> list[tuple[int, ...]]:
+        """(program, 1 load | 2 store, first byte, stride, rows, bytes of a row) of every access, program by program."""
+        ttir, _ = _compiled(kernel, grid, args, options)
+        translation, library = build(ttir, translate_trace)
+        library.list_accesses.restype = ctypes.c_char_p
+        given, listing = named_arguments(kernel, args, options), _Listing()
+        message = library.list_accesses(
+            ctypes.byref(self._buffers(given)), ctypes.byref(listing), *grid_sizes(grid), *c_values(translation, given, self.address)
+        )
+        if message:
+            raise LaunchError(f"{translation.name}: {message.decode()}")
+        return [tuple(listing.rows[6 * row : 6 * row + 6]) for row in range(listing.count)]
+
+    def _buffers(self, given: dict[str, Any]) -> _Buffers:
+        buffers = {name: tensor for name, tensor in tensors_of(given).items() if tensor.numel()}
+        first = [self.address(tensor) for tensor in buffers.values()]
+        end = [a + extent(tensor) for a, tensor in zip(first, buffers.values(), strict=True)]
+        real = [tensor.data_ptr() for tensor in buffers.values()]
+        numbers = ctypes.c_int64 * len(buffers)
+        names = (ctypes.c_char_p * len(buffers))(*(label(name, tensor) for name, tensor in buffers.items()))
+        return _Buffers(len(buffers), numbers(*first), numbers(*end), numbers(*real), names)
+
+
+class _Cache:
+    """One cache of every size, empty."""
+
+    def __init__(self) -> None:
+        self.library = _cache_library()
+        self.pointer = ctypes.c_void_p(self.library.cache_new((ctypes.c_int64 * len(SIZES))(*(size // LINE for size in SIZES))))
+
+    def flushed_bytes(self) -> tuple[int, ...]:
+        """Read and written, at each size, everything dirty included."""
+        fills, write_backs = (ctypes.c_int64 * len(SIZES))(), (ctypes.c_int64 * len(SIZES))()
+        self.library.cache_flush(self.pointer)
+        self.library.cache_counts(self.pointer, fills, write_backs)
+        return tuple(SECTOR * (f + w) for f, w in zip(fills, write_backs, strict=True))
+
+    def __del__(self) -> None:
+        self.library.cache_delete(self.pointer)
+
+
+@cache
+def _cache_library() -> ctypes.CDLL:
+    library = compiled("cache", '#include "lockstep.h"\n')
+    library.cache_new.restype = ctypes.c_void_p
+    return library
+
+
+def _compiled(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> tuple[str, int]:
+    """(TTIR, programs at once) of the sm_90 build."""
+    built = compile_for(90, kernel, grid, *args, **options)
+    return built.asm["ttir"], SMS * _ctas_on_an_sm(built.hash, built)
+
+
+_OCCUPANCY: dict[str, int] = {}
+
+
+def _ctas_on_an_sm(key: str, built: Any) -> int:
+    if key not in _OCCUPANCY:
+        _OCCUPANCY[key] = read(built).ctas_on_an_sm(90)
+    return _OCCUPANCY[key]
+
+
+@contextmanager
+def counting(memory: Memory) -> Iterator[list[Traffic]]:
+    """Inside, fastlora_triton's launchers count instead of launching."""
+    launches: list[Traffic] = []
+
+    def count(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+        launches.append(memory.launch(kernel, grid, *args, **options))
+
+    with use_launcher(count):
+        yield launches
