@@ -19,10 +19,11 @@ A model, not run on a GPU.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class _Buffers(ctypes.Structure):
 
 
 class _Order(ctypes.Structure):
-    _fields_ = [("slots", ctypes.c_int), ("y_first", ctypes.c_int)]
+    _fields_ = [("slots", ctypes.c_int), ("programs", ctypes.POINTER(ctypes.c_int64))]
 
 
 class _Counts(ctypes.Structure):
@@ -82,12 +83,15 @@ class Traffic:
 class Memory:
     """Addresses on an imagined GPU. Tensors on the CPU that are never written take no memory here: torch.empty of any size will do."""
 
-    y_first: bool = False
-    """Programs start with program_id(1) counting fastest: another order of a two-dimensional grid, for the search."""
+    warm: bool = False
+    """The cache is kept from launch to launch; `flush` in the end. False: every launch begins and ends with an empty one."""
+    order: Callable[[Sequence[int]], Sequence[int]] | None = None
+    """From a grid to the order in which its programs start (x + gx y); None: ascending, as a GPU does."""
     next_address: int = PAGE
     places: dict[int, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     """So that no two tensors of a sequence have one storage."""
+    cache: _Cache = field(default_factory=lambda: _Cache())
 
     def address(self, tensor: Tensor) -> int:
         """Of its first element."""
@@ -103,21 +107,21 @@ class Memory:
         ttir, slots = _compiled(kernel, grid, args, options)
         translation, library = build(ttir, translate_trace)
         given = named_arguments(kernel, args, options)
-        counts, cache_ = _Counts(), _Cache()
+        counts, programs, before = _Counts(), prod(grid), self.cache.moved_bytes()
+        order = None if self.order is None else (ctypes.c_int64 * programs)(*self.order(grid))
         message = library.launch(
-            cache_.pointer,
+            self.cache.pointer,
             ctypes.byref(self._buffers(given)),
-            _Order(slots, self.y_first),
+            _Order(slots, order),
             ctypes.byref(counts),
             *grid_sizes(grid),
             *c_values(translation, given, self.address),
         )
         if message:
             raise LaunchError(f"{translation.name}: {message.decode()}")
-        dram_25, dram_50, compulsory = cache_.flushed_bytes()
-        programs = 1
-        for n in grid:
-            programs *= n
+        if not self.warm:
+            self.cache.flush()
+        dram_25, dram_50, compulsory = (now - then for now, then in zip(self.cache.moved_bytes(), before, strict=True))
         l2_bytes = SECTOR * (counts.loads + counts.stores)
         return Traffic(translation.name, programs, slots, l2_bytes, dram_25, dram_50, compulsory, counts.flops)
 
@@ -151,12 +155,15 @@ class _Cache:
         self.library = _cache_library()
         self.pointer = ctypes.c_void_p(self.library.cache_new((ctypes.c_int64 * len(SIZES))(*(size // LINE for size in SIZES))))
 
-    def flushed_bytes(self) -> tuple[int, ...]:
-        """Read and written, at each size, everything dirty included."""
+    def moved_bytes(self) -> tuple[int, ...]:
+        """Read and written so far, at each size."""
         fills, write_backs = (ctypes.c_int64 * len(SIZES))(), (ctypes.c_int64 * len(SIZES))()
-        self.library.cache_flush(self.pointer)
         self.library.cache_counts(self.pointer, fills, write_backs)
         return tuple(SECTOR * (f + w) for f, w in zip(fills, write_backs, strict=True))
+
+    def flush(self) -> None:
+        """Writes everything dirty; nothing stays."""
+        self.library.cache_flush(self.pointer)
 
     def __del__(self) -> None:
         self.library.cache_delete(self.pointer)

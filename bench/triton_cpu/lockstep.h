@@ -4,10 +4,10 @@
 #include "trace.h"
 
 namespace trace {
-// How programs come to run.
+// How programs come to run: so many at once, in this order (null: as launched, program_id(0) counting fastest).
 struct Order {
-  int slots;    // programs at once
-  int y_first;  // 0: program_id(0) counts fastest, as launched; 1: program_id(1) does
+  int slots;
+  const int64_t* programs;
 };
 struct Counts {
   int64_t loads, stores;  // sectors between L2 and the SMs
@@ -23,6 +23,7 @@ struct Slot {
   Trace trace;
   size_t next = 0;
 };
+static char failure[400];
 
 // Calls touch(line, sectors) along a run; the number of sectors. `before`: the last sector of the run before, not asked for twice.
 template <class Touch> static int64_t for_lines(const Run& run, int64_t& before, Touch touch) {
@@ -52,16 +53,19 @@ static void step(Cache& cache, Counts& counts, const Trace& trace, const Access&
   }
 }
 
-static void cell(long p, int y_first, int gx, int gy, int& px, int& py, int& pz) {
-  px = y_first ? p / gy % gx : p % gx;
-  py = y_first ? p % gy : p / gx % gy;
-  pz = p / gx / gy;
+// A null message, or what went wrong.
+// Runs program p of the grid for its accesses; false, with a message, where one leaves its tensor.
+template <class Program> static bool trace_program(Trace& trace, const Buffers& buffers, long p, int gx, int gy, Program program) {
+  trace = Trace{&buffers};
+  program(trace, p % gx, p / gx % gy, p / gx / gy);
+  if (!*trace.message) return true;
+  std::snprintf(failure, sizeof failure, "program %ld: %s", p, trace.message);
+  return false;
 }
 
 // A null message, or what went wrong.
 template <class Program>
 static const char* in_lockstep(Cache& cache, const Buffers& buffers, Order order, Counts& counts, int gx, int gy, int gz, Program program) {
-  static char message[400];
   const long programs = (long)gx * gy * gz;
   int64_t end = 0;
   for (int b = 0; b < buffers.count; ++b) end = std::max(end, buffers.end[b]);
@@ -72,16 +76,10 @@ static const char* in_lockstep(Cache& cache, const Buffers& buffers, Order order
     any = false;
     for (auto& slot : slots) {
       while (slot.next == slot.trace.accesses.size() && begun < programs) {
-        slot.trace.clear();
-        slot.trace.buffers = &buffers;
+        const long p = order.programs ? order.programs[begun] : begun;
+        ++begun;
+        if (!trace_program(slot.trace, buffers, p, gx, gy, program)) return failure;
         slot.next = 0;
-        int px, py, pz;
-        cell(begun++, order.y_first, gx, gy, px, py, pz);
-        program(slot.trace, px, py, pz);
-        if (*slot.trace.message) {
-          std::snprintf(message, sizeof message, "program (%d, %d, %d): %s", px, py, pz, slot.trace.message);
-          return message;
-        }
         counts.flops += slot.trace.flops;
       }
       if (slot.next == slot.trace.accesses.size()) continue;
@@ -95,16 +93,10 @@ static const char* in_lockstep(Cache& cache, const Buffers& buffers, Order order
 template <class Program>
 static const char* listed(const Buffers& buffers, Listing& listing, int gx, int gy, int gz, Program program) {
   static std::vector<int64_t> rows;
-  static Trace trace;
   rows.clear();
+  Trace trace;
   for (long p = 0; p < (long)gx * gy * gz; ++p) {
-    trace.clear();
-    trace.buffers = &buffers;
-    *trace.message = 0;
-    int px, py, pz;
-    cell(p, 0, gx, gy, px, py, pz);
-    program(trace, px, py, pz);
-    if (*trace.message) return trace.message;
+    if (!trace_program(trace, buffers, p, gx, gy, program)) return failure;
     for (auto& access : trace.accesses)
       for (int r = access.first_run; r < access.end_run; ++r) {
         const Run& run = trace.runs[r];

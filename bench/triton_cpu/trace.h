@@ -39,17 +39,11 @@ struct Axis {
 };
 
 struct Trace {
-  const Buffers* buffers;
+  const Buffers* buffers = nullptr;
   std::vector<Access> accesses;
   std::vector<Run> runs;
   double flops = 0;
   char message[300] = "";
-
-  void clear() {
-    accesses.clear();
-    runs.clear();
-    flops = 0;
-  }
 
   template <class T> const T* real(const T* pointer) const {
     for (int b = 0; b < buffers->count; ++b)
