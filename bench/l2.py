@@ -91,7 +91,7 @@ class Memory:
     places: dict[int, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     """So that no two tensors of a sequence have one storage."""
-    cache: _Cache = field(default_factory=lambda: _Cache())
+    cache: Cache = field(default_factory=lambda: Cache(SIZES))
 
     def address(self, tensor: Tensor) -> int:
         """Of its first element."""
@@ -148,12 +148,16 @@ class Memory:
         return _Buffers(len(buffers), numbers(*first), numbers(*end), numbers(*real), names)
 
 
-class _Cache:
-    """One cache of every size, empty."""
+class Cache:
+    """One cache of each of three sizes (bytes, ascending), all empty, through which the same accesses go."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         self.library = _cache_library()
-        self.pointer = ctypes.c_void_p(self.library.cache_new((ctypes.c_int64 * len(SIZES))(*(size // LINE for size in SIZES))))
+        self.pointer = ctypes.c_void_p(self.library.cache_new((ctypes.c_int64 * len(SIZES))(*(size // LINE for size in sizes))))
+
+    def touch(self, line: int, sectors: int, load: bool, store: bool) -> None:
+        """One access to sectors (a bit for each) of a line."""
+        self.library.cache_touch(self.pointer, ctypes.c_int64(line), sectors, load + 2 * store)
 
     def moved_bytes(self) -> tuple[int, ...]:
         """Read and written so far, at each size."""

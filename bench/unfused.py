@@ -50,7 +50,7 @@ class PeftGroup:
         trained = [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
         dys = [torch.empty_like(y) for y in self.ys]
         with EagerOps():
-            torch.autograd.grad(self.ys, [self.x_td, *trained], dys)
+            torch.autograd.grad(self.ys, [self.x_td, *trained], dys, retain_graph=True)  # may be called again
 
 
 class StoredLogits:

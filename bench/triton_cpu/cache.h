@@ -34,7 +34,7 @@ class Cache {
     queue.push_back(line);
     for (int c = 0; c < SIZES; ++c)
       while (resident[c] > capacity[c]) evict(c);
-    if ((int64_t)queue.size() > 2 * resident[SIZES - 1] + (1 << 22)) compact();
+    if ((int64_t)queue.size() > 2 * resident[SIZES - 1] + (1 << 16)) compact();
   }
 
   // Everything dirty goes to memory and nothing stays.
