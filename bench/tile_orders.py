@@ -1,7 +1,7 @@
 """Other orders in which the programs of a launch could start, and what each would move: the yardstick of the kernels' own order.
 
 The programs of a launch are a matrix, rows of tokens × columns. Order g: g rows of tiles together, column by column, then the next g. Order
-1 is row by row, as many as there are rows is column by column.
+1 is row by row, as many as there are rows is column by column. "back": every other group goes through its columns backwards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bench.l2 import Memory
 from bench.rows import Row
 from fastlora_triton.launch import use_launcher
 
-GROUPS = (1, 2, 4, 8, 16, 22, 32, 64, 128)
+GROUPS = (1, 4, 8, 16, 22, 32, 64, 128)
 AS_LAUNCHED = "as launched"
 
 
@@ -39,28 +39,29 @@ def moved(memory: Memory, kernel: Any, grid: Sequence[int], args: Sequence[Any],
 
 
 def other_orders(grid: Sequence[int], args: Sequence[Any], options: dict[str, Any]) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
-    """(name, program ids, the launch's options). A kernel with ROW_GROUP maps its programs itself: at 1 they are row by row."""
+    """(name, program ids in their order, the launch's options)."""
     if len(grid) == 2:
         rows, columns = grid
-        step_of_a_row, step_of_a_column, plain = 1, rows, options
+        program, plain = [[row + rows * column for column in range(columns)] for row in range(rows)], options
     elif "ROW_GROUP" in options:
+        # The kernel maps programs to tiles itself; in groups of one row it goes row by row, odd rows backwards.
         rows = -(-len_of_rows(args) // options["BLOCK_T"])
-        columns = grid[0] // rows
-        step_of_a_row, step_of_a_column, plain = columns, 1, {**options, "ROW_GROUP": 1}
+        columns, plain = grid[0] // rows, {**options, "ROW_GROUP": 1}
+        in_a_row = range(columns)
+        program = [[row * columns + column for column in (in_a_row if row % 2 == 0 else reversed(in_a_row))] for row in range(rows)]
     else:
         return
     for g in (g for g in GROUPS if g <= rows):
-        first_rows = range(0, rows, g)
-        yield (
-            str(g),
-            [
-                row * step_of_a_row + column * step_of_a_column
-                for first in first_rows
-                for column in range(columns)
-                for row in range(first, min(first + g, rows))
-            ],
-            plain,
-        )
+        for back in (False, True) if g < rows else (False,):
+            yield f"{g}{' back' if back else ''}", [program[row][column] for row, column in tiles(rows, columns, g, back)], plain
+
+
+def tiles(rows: int, columns: int, g: int, back: bool) -> Iterator[tuple[int, int]]:
+    """(row, column) in order g."""
+    for group, first in enumerate(range(0, rows, g)):
+        for column in reversed(range(columns)) if back and group % 2 else range(columns):
+            for row in range(first, min(first + g, rows)):
+                yield row, column
 
 
 def len_of_rows(args: Sequence[Any]) -> int:
