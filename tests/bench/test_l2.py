@@ -103,17 +103,17 @@ def test_programs_at_once_share_what_they_read_together(slots: int, expected: in
 
 
 def test_the_compulsory_bytes_are_those_of_the_tensors() -> None:
-    """A product of [200, 96] and [72, 96], bfloat16: both once, the result once; its FLOPs are those of whole tiles."""
+    """A product of [200, 96] and [80, 96], bfloat16: both once, the result once; its FLOPs are those of whole tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    x, w, y = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((200, 96), (72, 96), (200, 72)))
+    x, w, y = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((200, 96), (80, 96), (200, 80)))
     descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in ((x, [64, 32]), (w, [64, 32]), (y, [64, 64]))]
     with counting(Memory()) as launches:
         launch(kernels.product_kernel, (4, 2), *descriptors, 96, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, PRECISION="ieee")
     (traffic,) = launches
-    assert traffic.compulsory == 2 * (200 * 96 + 72 * 96 + 200 * 72)
+    assert traffic.compulsory == 2 * (200 * 96 + 80 * 96 + 200 * 80)
     assert traffic.flops == 2 * 256 * 128 * 96
-    assert traffic.l2_bytes == 2 * (2 * 200 * 96 + 4 * 72 * 96 + 200 * 72)
+    assert traffic.l2_bytes == 2 * (2 * 200 * 96 + 4 * 80 * 96 + 200 * 80)
 
 
 def test_a_warm_cache_keeps_what_the_launch_before_left() -> None:
