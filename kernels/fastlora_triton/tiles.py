@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PROGRAMS_OF_TWO_WAVES = 2 * 132
+SMS = 132
+"""Of an H100."""
+PROGRAMS_OF_TWO_WAVES = 2 * SMS
 """Weight gradients are split over tokens until there are so many programs: two for every SM of an H100. Each split writes its float32 sums
 once and they are read once, so that more than needed cost bytes."""
 
