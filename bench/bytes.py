@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bench.bytes_floors import floors
+from bench.bytes_floors import SMALLEST, floors
 from bench.bytes_page import write_page
 from bench.compile_gate import MODELS, TOKENS, Model
 from bench.eager import EagerOps
@@ -115,10 +115,9 @@ def cases() -> Iterator[Callable[[], list[Row]]]:
 
 def quick_cases() -> Iterator[Callable[[], list[Row]]]:
     """The groups of Qwen2.5-1.5B and its head's forward."""
-    model = "Qwen2.5-1.5B"
-    for group in MODELS[model].groups():
-        yield lambda g=group: lora_rows(model, g, "r 32", sides=("fastlora", "PEFT bf16"), warm=False)
-    yield lambda: head_rows(model, forward_only=True)
+    for group in MODELS[SMALLEST].groups():
+        yield lambda g=group: lora_rows(SMALLEST, g, "r 32", sides=("fastlora", "PEFT"), warm=False)
+    yield lambda: head_rows(SMALLEST, forward_only=True)
 
 
 def lora_rows(
@@ -130,7 +129,8 @@ def lora_rows(
     rows = []
     for side in sides:
         for part, run in lora_parts(side, d, outs, members):
-            rows.append({"model": model, "case": f"{group} {ranks}", "part": part, "side": side, **counted(run, warm)})
+            kept = warm and model == SMALLEST and side != "PEFT"
+            rows.append({"model": model, "case": f"{group} {ranks}", "part": part, "side": side, **counted(run, kept)})
     return rows
 
 

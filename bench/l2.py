@@ -26,6 +26,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench.cubin import read
@@ -105,8 +106,17 @@ class Memory:
     def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> Traffic:
         """Counts one launch. Raises LaunchError where it leaves its tensors."""
         ttir, slots = _compiled(kernel, grid, args, options)
-        translation, library = build(ttir, translate_trace)
         given = named_arguments(kernel, args, options)
+        key = (ttir, slots, self.cache.sizes, tuple(grid), tuple(self.order(grid) if self.order else ()), *_identity(given))
+        if self.warm or key not in _COUNTED:
+            counted = self._launch(ttir, slots, grid, given)
+            if self.warm:
+                return counted
+            _COUNTED[key] = counted
+        return _COUNTED[key]
+
+    def _launch(self, ttir: str, slots: int, grid: Sequence[int], given: dict[str, Any]) -> Traffic:
+        translation, library = build(ttir, translate_trace)
         counts, programs, before = _Counts(), prod(grid), self.cache.moved_bytes()
         order = None if self.order is None else (ctypes.c_int64 * programs)(*self.order(grid))
         message = library.launch(
@@ -152,7 +162,7 @@ class Cache:
     """One cache of each of three sizes (bytes, ascending), all empty, through which the same accesses go."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self.library = _cache_library()
+        self.library, self.sizes = _cache_library(), tuple(sizes)
         self.pointer = ctypes.c_void_p(self.library.cache_new((ctypes.c_int64 * len(SIZES))(*(size // LINE for size in sizes))))
 
     def touch(self, line: int, sectors: int, load: bool, store: bool) -> None:
@@ -184,6 +194,22 @@ def _compiled(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: di
     """(TTIR, programs at once) of the sm_90 build."""
     built = compile_for(90, kernel, grid, *args, **options)
     return built.asm["ttir"], SMS * _ctas_on_an_sm(built.hash, built)
+
+
+_COUNTED: dict[tuple[Any, ...], Traffic] = {}
+"""From an empty cache, equal launches move equally: a layer's base product on every side, the slabs of a head."""
+
+
+def _identity(given: dict[str, Any]) -> list[Any]:
+    """What tells two launches of one kernel apart, wherever their tensors stand: shapes, which share a storage, numbers, tables."""
+    storages: dict[int, int] = {}
+    found: list[Any] = [value if isinstance(value, int | float) else None for value in given.values()]
+    for name, tensor in tensors_of(given).items():
+        storage = tensor.untyped_storage()
+        number = storages.setdefault(storage.data_ptr(), len(storages))
+        table = tensor.numpy().tobytes() if tensor.dtype in (torch.int32, torch.int64) else b""
+        found.append((name, tensor.dtype, tensor.shape, tensor.stride(), number, tensor.data_ptr() - storage.data_ptr(), table))
+    return found
 
 
 _OCCUPANCY: dict[str, int] = {}

@@ -39,7 +39,7 @@ CHIPS = (Chip("H100", 989e12, 3.35e12, 8.986e12), Chip("H200", 989e12, 4.8e12, 8
 """SXM. FLOPs and memory: NVIDIA's data sheets. L2: 5,120 bytes a clock at 1,755 MHz, H100 in table 3 of PMC10448217; H200 is the same chip
 with other memory."""
 BOUNDS = ("tensor cores", "memory", "L2")
-SIDES = {"fastlora": ("fastlora", "fastlora"), "PEFT": ("PEFT bf16", "stored logits"), "PEFT default": ("PEFT", "stored logits")}
+SIDES = {"fastlora": ("fastlora", "fastlora"), "PEFT": ("PEFT", "stored logits"), "PEFT bf16": ("PEFT bf16", "stored logits")}
 """Column -> (side of a group, side of the head). The optimizer is the same for all."""
 
 INTRODUCTION = f"""# Roofline
@@ -113,7 +113,7 @@ def steps_of(rows: Sequence[Row], model: str, column: str) -> dict[str, list[dic
 
 STEP_HEADINGS = (
     "op",
-    *(f"{chip.name} {what}" for chip in CHIPS for what in ("ms", "share", "bound", "PEFT ms", "PEFT default ms")),
+    *(f"{chip.name} {what}" for chip in CHIPS for what in ("ms", "share", "bound", "PEFT ms", "PEFT bf16 ms")),
 )
 
 
