@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlora_triton.group_layout import RANK_STEP, GroupLayout, WeightJobs, weight_jobs
 from fastlora_triton.launch import launch
-from fastlora_triton.lora_linear import ROW_GROUP, descriptor, layout_of, module_row, tile_of_program
+from fastlora_triton.lora_linear import descriptor, layout_of, module_row, row_group, tile_of_program
 from fastlora_triton.tiles import Tiles, programs_of_two_waves, tiles_for
 
 FINISH_BLOCK = 1024
@@ -289,7 +289,7 @@ def input_gradient(
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
         RANK_STEP=RANK_STEP,
-        ROW_GROUP=ROW_GROUP,
+        ROW_GROUP=row_group(triton.cdiv(d, tiles.n), sum(dy.shape[1] for dy in dys)),
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

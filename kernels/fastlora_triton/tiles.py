@@ -75,7 +75,12 @@ def tiles_for(x: Tensor) -> Tiles:
     return TABLE[capability_of(x.device)][operands]
 
 
+def multiprocessors(device: torch.device) -> int:
+    """SMs that a launch is laid out for."""
+    return SMS[capability_of(device)]
+
+
 def programs_of_two_waves(device: torch.device) -> int:
-    """Work is split over tokens or the vocabulary until there are so many programs: two for every SM. A split writes its float32 sums once
-    and they are read once, so that more than needed cost bytes."""
-    return 2 * SMS[capability_of(device)]
+    """Work is split over tokens until there are so many programs: two for every SM. A split writes its float32 sums once and they are read
+    once, so that more than needed cost bytes."""
+    return 2 * multiprocessors(device)
