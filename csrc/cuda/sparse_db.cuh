@@ -8,8 +8,9 @@
 // from memory once for a rank chunk, in rows of 128 bytes, whatever the number of entries (up to kEntries in a tile; more read it again:
 // 8 a column, a density that the dense product of lora_linear serves better). A tile without entries reads nothing at all.
 //
-// Transposing costs no bank conflicts: 16-byte group q of row c lies at q ^ (c + c/8) % 8. Eight lanes that store one token of eight packs,
-// and eight lanes that read one group of eight neighbouring columns, hit 32 different banks.
+// Transposing costs no bank conflicts: column c is row 17 (c % 8) + c / 8 of the tile, and rows are 4 floats longer than their tokens. Eight
+// lanes that store one token of eight packs, and eight that read 16 bytes of eight neighbouring columns, hit different banks. (An exclusive
+// or of the address does the same, but keeps 64 addresses in registers: 152 bytes of spills.)
 //
 // Tokens are split until there are kBlocks blocks, in multiples of kTokens, at least kTokensOfASplit each. The last block of a tile adds the
 // splits up in their order, so that the bits repeat. A sum is made of sums of kTokens products: error √(t/32), not √t.
@@ -24,9 +25,9 @@
 
 namespace fastlora {
 
-constexpr int kColumns = 128, kRanks = 64, kTokens = 32;  // 24 KB of tiles: four blocks on an SM have 32 KB of dY in flight
+constexpr int kColumns = 128, kRanks = 64, kTokens = 32;  // 30 KB of tiles; in bf16 four blocks on an SM have 32 KB of dY in flight
 constexpr int kOfAThread = 4, kEntries = kThreads * kOfAThread;
-constexpr int kBlocks = 4 * 132, kTokensOfASplit = 8 * kTokens;  // a constant, so that no GPU's size changes the bits
+constexpr int kBlocksOfAnSm = 4, kBlocks = kBlocksOfAnSm * 132, kTokensOfASplit = 8 * kTokens;  // constants: no GPU's size changes the bits
 constexpr int kMaxModules = 8;
 
 // One module of the group. A module without ranks has no tiles.
@@ -82,15 +83,20 @@ inline void plan(SparseDb& p) {
   p.splits = p.tokens ? ceil_div(p.tokens, p.tokens_of_a_split) : 1;
 }
 
+// Tokens of kRows columns, transposed.
+template <int kRows> struct Tile {
+  static constexpr int kStride = kTokens + 4, kTurn = kRows / 8 + 1;  // odd
+  float at[8 * kTurn * kStride];
+  __device__ static int row(int column) { return (kTurn * (column % 8) + column / 8) * kStride; }
+};
+
 struct SparseDbShared {
-  float dy[kColumns * kTokens], h[kRanks * kTokens];
+  Tile<kColumns> dy;
+  Tile<kRanks> h;
   int begin[kRanks], end[kRanks];  // run of the index of each rank
   int before[kRanks + 1];          // entries of the ranks before
   bool is_last;
 };
-
-// Where 16-byte group `q` of a tile's row lies.
-__device__ inline int group_at(int row, int q) { return row * kTokens + 4 * (q ^ ((row + row / 8) % 8)); }
 
 __device__ inline int64_t position(const SparseDb& p, int i) {
   return p.index_is_64 ? static_cast<const int64_t*>(p.index)[i] : static_cast<const int32_t*>(p.index)[i];
@@ -108,29 +114,29 @@ __device__ inline int lower_bound(const SparseDb& p, int64_t wanted) {
 }
 
 // rows [tokens, columns] of x into the tile, transposed and in float32; tokens that are missing become 0.
-template <class T>
-__device__ inline void load_tile(float* tile, const T* x, int64_t stride, int tokens, int columns, bool wide) {
+template <int kRows, class T>
+__device__ inline void load_tile(Tile<kRows>& tile, const T* x, int64_t stride, int tokens, int columns, bool wide) {
   constexpr int kPack = Pack<T>::kSize;
   if (!wide) {
     for (int i = threadIdx.x; i < columns * kTokens; i += kThreads) {
       const int c = i % columns, t = i / columns;
-      tile[group_at(c, t / 4) + t % 4] = t < tokens ? to_float(x[t * stride + c]) : 0.0f;
+      tile.at[tile.row(c) + t] = t < tokens ? to_float(x[t * stride + c]) : 0.0f;
     }
     return;
   }
   const int lane = threadIdx.x % 32, strips = (columns + 8 * kPack - 1) / (8 * kPack);  // a warp: 8 packs of each of 4 tokens
   for (int w = threadIdx.x / 32; w < strips * (kTokens / 4); w += kThreads / 32) {
-    const int c = (w % strips * 8 + lane % 8) * kPack, q = w / strips, t = 4 * q + lane / 8;
+    const int c = (w % strips * 8 + lane % 8) * kPack, t = w / strips * 4 + lane / 8;
     if (c >= columns) continue;
     Pack<T> pack{};
     if (t < tokens) pack = load_pack(x + t * stride + c);
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) tile[group_at(c + j, q) + t % 4] = to_float(pack.at[j]);
+    for (int j = 0; j < kPack; ++j) tile.at[tile.row(c + j) + t] = to_float(pack.at[j]);
   }
 }
 
 struct Entry {
-  int i, column, rank;  // in the index, in the tile; i = -1: none
+  int i, dy, h;  // in the index, its rows in the tiles; i = -1: none
 };
 
 __device__ inline Entry entry_of(const SparseDb& p, const SparseDbShared& shared, int number, int ranks, int64_t first, int columns_of_b) {
@@ -142,14 +148,15 @@ __device__ inline Entry entry_of(const SparseDb& p, const SparseDbShared& shared
     else high = middle - 1;
   }
   const int i = shared.begin[low] + number - shared.before[low];
-  return {i, static_cast<int>(position(p, i) - first - static_cast<int64_t>(low) * columns_of_b), low};
+  const int column = position(p, i) - first - static_cast<int64_t>(low) * columns_of_b;
+  return {i, Tile<kColumns>::row(column), Tile<kRanks>::row(low)};
 }
 
-__device__ inline float dot(const float* dy, const float* h, int column, int rank) {
+__device__ inline float dot(const float* dy, const float* h) {
   float sum = 0.0f;
 #pragma unroll
   for (int q = 0; q < kTokens / 4; ++q) {
-    const Pack<float> a = load_pack(dy + group_at(column, q)), b = load_pack(h + group_at(rank, q));
+    const Pack<float> a = load_pack(dy + 4 * q), b = load_pack(h + 4 * q);
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum += a.at[j] * b.at[j];
   }
@@ -166,7 +173,7 @@ __device__ inline void finish(const SparseDb& p, int i, float g) {
   p.sums[3 * k + i] += g * g;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) sparse_db_kernel(const __grid_constant__ SparseDb p) {
+template <class T> __global__ void __launch_bounds__(kThreads, kBlocksOfAnSm) sparse_db_kernel(const __grid_constant__ SparseDb p) {
   SHARED_MEMORY(SparseDbShared, shared);
   const int thread = threadIdx.x, block = blockIdx.x;
   int m = p.module_count - 1;
@@ -208,7 +215,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) sparse_db_kernel(
       __syncthreads();  // tiles are there
 #pragma unroll
       for (int j = 0; j < kOfAThread; ++j)
-        if (entries[j].i >= 0) sums[j] += dot(shared.dy, shared.h, entries[j].column, entries[j].rank);
+        if (entries[j].i >= 0) sums[j] += dot(shared.dy.at + entries[j].dy, shared.h.at + entries[j].h);
       __syncthreads();  // tiles were read
     }
 #pragma unroll
