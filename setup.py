@@ -7,7 +7,7 @@ torch's headers and nvcc are found on disk without importing torch, since pip's 
 cannot be built is left out, and `python -m fastlora.doctor` says what that costs.
 
     CXX=clang++                      another compiler
-    NVCC=/path/to/nvcc               else that of CUDA_HOME, of PATH, of pip (nvidia-cuda-nvcc); empty: no fastlora/_C_cuda.so
+    NVCC=/path/to/nvcc               else that of CUDA_HOME, of PATH, of pip (nvidia-cuda-nvcc); empty: none
     FASTLORA_REQUIRE_EXTENSION=1     fail instead of installing without fastlora/_C.so
 """
 
@@ -27,7 +27,9 @@ SITE = [Path(folder) for folder in (sysconfig.get_path("platlib"), sysconfig.get
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O3", "-Icsrc"]
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+TORCH = next((p for site in SITE if (p := site / "torch/include") and (p / "torch/csrc/stable/library.h").exists()), None)
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH}"]  # 2.11
+NVCC_FLAGS = [*FLAGS, *STABLE_ABI, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 VARIANTS = {
     "x86_64": {
         "generic": ["-march=x86-64"],
@@ -48,20 +50,19 @@ def find_nvcc() -> str | None:
     return next((found for path in (of_home, "nvcc", *of_pip) if (found := shutil.which(path))), None)
 
 
-def cpp_jobs(compiler: str, sources: list[str], headers: Path) -> dict[str, list[str]]:
+def cpp_jobs(compiler: str, sources: list[str]) -> dict[str, list[str]]:
     """Object file -> command: the kernels of each source once per instruction set, its bindings once (csrc/cpu/variant.h)."""
     kinds = {f".{variant}.o": [*flags, f"-DVARIANT={variant}"] for variant, flags in VARIANTS.items()}
-    kinds[".o"] = [STABLE_ABI, f"-I{headers}", *(f"-DHAS_{variant.upper()}" for variant in VARIANTS)]
+    kinds[".o"] = [*STABLE_ABI, *(f"-DHAS_{variant.upper()}" for variant in VARIANTS)]
     return {Path(s).stem + kind: [compiler, *FLAGS, *CXX_FLAGS, *flags, s] for s in sources for kind, flags in kinds.items()}
 
 
-def cuda_jobs(compiler: str, sources: list[str], headers: Path) -> dict[str, list[str]]:
+def cuda_jobs(compiler: str, sources: list[str]) -> dict[str, list[str]]:
     """Object file -> command; architectures that this nvcc does not know are left out, the newest comes as PTX too."""
     known = subprocess.check_output([compiler, "--list-gpu-code"], text=True).split()
     chosen = [a for a in ("80", "90a", "100") if f"sm_{a.rstrip('a')}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen] + [f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
-    flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", STABLE_ABI, f"-I{headers}", "--threads=0", *codes]
-    return {f"{Path(s).stem}.cu.o": [compiler, *flags, s] for s in sources}
+    return {f"{Path(s).stem}.cu.o": [compiler, *NVCC_FLAGS, "--threads=0", *codes, s] for s in sources}
 
 
 class BuildExtension(build_ext):
@@ -73,25 +74,26 @@ class BuildExtension(build_ext):
     def build_extension(self, extension: Extension) -> None:
         cuda = extension.name.endswith("_cuda")
         compiler = find_nvcc() if cuda else shutil.which(CXX)
-        headers = next((p for site in SITE if (p := site / "torch/include") and (p / "torch/csrc/stable/library.h").exists()), None)
-        if headers is None or compiler is None:
-            message = f"fastlora: {('nvcc' if cuda else f'the compiler {CXX}') if headers else 'torch headers (torch >= 2.11)'} not found"
+        if TORCH is None or compiler is None:
+            message = f"fastlora: {('nvcc' if cuda else f'the compiler {CXX}') if TORCH else 'torch headers (torch >= 2.11)'} not found"
             if os.environ.get("FASTLORA_REQUIRE_EXTENSION") == "1" and not cuda:
                 raise SystemExit(message)
             print(f"{message}; installing without {extension.name} (see python -m fastlora.doctor)", file=sys.stderr)
             return
-        folder, target = Path(self.build_temp), Path(self.get_ext_fullpath(extension.name))
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        jobs = (cuda_jobs if cuda else cpp_jobs)(compiler, extension.sources, headers)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # of compilers
-            list(pool.map(subprocess.check_call, ([*command, "-c", "-o", str(folder / name)] for name, command in jobs.items())))
-        link = [compiler, "-shared", *(str(folder / name) for name in jobs), "-o", str(target), f"-L{headers.parent / 'lib'}"]
+        target = Path(self.get_ext_fullpath(extension.name))
+        self.mkpath(self.build_temp)
+        self.mkpath(str(target.parent))
+        jobs = (cuda_jobs if cuda else cpp_jobs)(compiler, extension.sources)
+        objects = [str(Path(self.build_temp, name)) for name in jobs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(subprocess.check_call, ([*job, "-c", "-o", o] for job, o in zip(jobs.values(), objects, strict=True))))
+        link = [compiler, "-shared", *objects, "-o", str(target), f"-L{TORCH.parent / 'lib'}"]
         link += [f"-L{Path(compiler).parent.parent / 'lib'}", "-cudart=static"] if cuda else []  # pip's nvcc does not know its lib
         options = [f"-Xlinker={o}" if cuda else f"-Wl,{o}" for o in ("--no-as-needed", "--exclude-libs=ALL", "-s")]
         subprocess.check_call([*link, *options, "-ltorch", "-ltorch_cpu", "-lc10"])
 
 
-SOURCES = {"fastlora._C": "cpu/*.cpp", "fastlora._C_cuda": "cuda/*.cu"}
-extensions = [Extension(name, sorted(map(str, Path("csrc").glob(sources)))) for name, sources in SOURCES.items()]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    sources = {"fastlora._C": Path("csrc/cpu").glob("*.cpp"), "fastlora._C_cuda": Path("csrc/cuda").glob("*.cu")}
+    extensions = [Extension(name, sorted(map(str, paths))) for name, paths in sources.items()]
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

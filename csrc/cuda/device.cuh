@@ -48,7 +48,7 @@ template <class T> struct alignas(16) Pack {
   T at[kSize];
 };
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+__host__ __device__ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // p must lie on 16 bytes.
 template <class T> __device__ inline Pack<T> load_pack(const T* p) {

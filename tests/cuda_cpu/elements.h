@@ -6,6 +6,12 @@
 
 #include "emulation.h"
 
+#ifdef WITH_TSAN
+constexpr bool kSlow = true;  // making a thread takes ThreadSanitizer half a millisecond: one case has to do
+#else
+constexpr bool kSlow = false;
+#endif
+
 enum { kFloat32, kBFloat16, kFloat16 };
 
 template <class Call> void with_element(int dtype, const Call& call) {

@@ -28,9 +28,11 @@ int main() {
   for (int dtype : {kFloat32, kBFloat16}) {
     Elements h(dtype, tokens * h_stride), dy0(dtype, tokens * columns[0]), dy1(dtype, tokens * columns[1]), dy2(dtype, tokens * columns[2]);
     const void* dys[] = {dy0.data(), dy1.data(), dy2.data()};
-    for (int step : {1, 7}) {
+    for (int step : {7, 1}) {
+      if (kSlow && (step == 1 || dtype == kFloat32)) continue;
       std::vector<int32_t> index;
       for (int i = 0; i < 70 * 136 + 3 * 24; i += step) index.push_back(i);
+      index.shrink_to_fit();  // so that AddressSanitizer knows its end
       const int k = index.size();
       std::vector<float> partial(4 * k), db(k, NAN), sums(4 * k, 0.0f);
       std::vector<int> arrivals(5, 0);

@@ -26,9 +26,10 @@ from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
-FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
+FLOAT32_STATE = ("adamw_step", "export_adapter", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given bfloat16."""
 REFERENCE = Variant("reference")
+COMPILED = ("cpp", "triton", "cuda")
 
 
 def _collect() -> list[OpSpec]:
@@ -51,9 +52,9 @@ def _variants(spec: OpSpec) -> list[Variant]:
 
 
 def _dtypes(spec: OpSpec, variant: Variant) -> list[torch.dtype]:
-    """What the variant must take: C++ and Triton no float64, which is for proofs."""
+    """What the variant must take: C++, Triton and CUDA no float64, which is for proofs."""
     dtypes = [torch.float32, torch.float64, torch.bfloat16]
-    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation in ("cpp", "triton"))
+    left_out = [torch.bfloat16] * (spec.name in FLOAT32_STATE) + [torch.float64] * (variant.implementation in COMPILED)
     return [dtype for dtype in dtypes if dtype not in left_out]
 
 
@@ -114,6 +115,8 @@ def _is_on(variant: Variant, device: torch.device) -> None:
         pytest.skip("the C++ kernels run on the CPU")
     if variant.implementation == "triton" and device.type != "cuda":
         pytest.skip("the Triton kernels run on a GPU; tests/ops/test_triton_*.py run them compiled for one, on the CPU")
+    if variant.implementation == "cuda" and device.type != "cuda":
+        pytest.skip("the CUDA kernels run on a GPU; tests/cuda_cpu runs their source on the CPU")
 
 
 def test_every_op_of_the_package_is_found() -> None:
@@ -205,7 +208,7 @@ def test_error_against_fp64_is_that_of_the_reference(spec: OpSpec, variant: Vari
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "variant"),
-    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation not in ("cpp", "triton")],
+    [case for case in VARIANTS if case.values[0].name != "grpo_loss" and case.values[1].implementation not in COMPILED],
 )
 def test_gradcheck(spec: OpSpec, variant: Variant, device: torch.device) -> None:
     """Where the sample inputs ask for gradients. Masks hold entries constant, which finite differences do not: the samples run without,
@@ -254,11 +257,22 @@ def test_auto_runs_the_best_that_can(spec: OpSpec, dtype: torch.dtype) -> None:
     assert {name for op, name in ran if op == spec.name} == {wanted}
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "triton" in dispatchers[s.name].implementations], ids=lambda spec: spec.name)
-def test_triton_on_the_cpu_is_refused_by_name(spec: OpSpec) -> None:
+ON_A_GPU = [(spec, name) for spec in SPECS for name in ("triton", "cuda") if name in dispatchers[spec.name].implementations]
+
+
+@pytest.mark.parametrize(("spec", "name"), ON_A_GPU, ids=[_id(spec.name, name) for spec, name in ON_A_GPU])
+def test_gpu_kernels_on_the_cpu_are_refused_by_name(spec: OpSpec, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the CUDA extension was built here."""
+    monkeypatch.setattr(extension, "missing_cuda", lambda: None)
     arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
-    with use_implementation("triton"), pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation 'triton' .* runs on a GPU"):
+    with use_implementation(name), pytest.raises(ImplementationError, match=rf"^{spec.name}: implementation '{name}' .* runs on a GPU"):
         _run(spec, _clone(arguments))
+
+
+def test_without_the_cuda_extension_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "missing_cuda", lambda: "it was left on a train")
+    with pytest.raises(ImplementationError, match=r"^implementation 'cuda' .* it was left on a train"), use_implementation("cuda"):
+        pass
 
 
 WITHOUT = [(spec, name) for spec in SPECS for name in ("torch", "cpp") if name not in dispatchers[spec.name].implementations]
