@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
 from bench.cubin import Variant, read_all
@@ -46,7 +45,6 @@ def compile_all(capability: int) -> list[Variant]:
     return sorted(variants, key=lambda v: (v.kernel, v.dtype))
 
 
-@cache
 def version() -> str:
     """`nvcc 13.0`, or that there is none."""
     nvcc = find_nvcc()

@@ -67,15 +67,15 @@ def _sum_dtype(h: Tensor) -> torch.dtype:
 def _modules(dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, slice, Tensor]]:
     """(dY_m [t, n], H_m [t, r], its range in index_k, positions in B_mᵀ) of every module, wide enough to sum in."""
     wide = _sum_dtype(h)
-    h_t = h.reshape(-1, h.shape[-1]).to(wide)
+    h_t = h.flatten(0, -2).to(wide)
     padded = h.shape[-1] != sum(ranks)
     column = 0
     sizes = [dy.shape[-1] * rank for dy, rank in zip(dys, ranks, strict=True)]
     starts = [0, *accumulate(sizes)]
-    edges = torch.searchsorted(index_k, torch.tensor(starts, dtype=index_k.dtype, device=index_k.device)).tolist()
+    edges = torch.searchsorted(index_k.contiguous(), torch.tensor(starts, dtype=index_k.dtype, device=index_k.device)).tolist()
     for m, (dy, rank) in enumerate(zip(dys, ranks, strict=True)):
         where = slice(edges[m], edges[m + 1])
-        yield dy.reshape(-1, dy.shape[-1]).to(wide), h_t[:, column : column + rank], where, index_k[where].long() - starts[m]
+        yield dy.flatten(0, -2).to(wide), h_t[:, column : column + rank], where, index_k[where].long() - starts[m]
         column += -(-rank // RANK_STEP) * RANK_STEP if padded else rank
 
 
@@ -120,8 +120,8 @@ def _cuda_refuses(device: torch.device, *args: Any) -> str | None:
 def _cuda(
     dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int], scales: Sequence[float], sums_4k: Tensor | None
 ) -> Tensor:
-    dys_tn = [dy.reshape(-1, dy.shape[-1]).contiguous() for dy in dys]
-    h_t = h.reshape(-1, h.shape[-1]).contiguous()
+    dys_tn = [dy.flatten(0, -2).contiguous() for dy in dys]
+    h_t = h.flatten(0, -2).contiguous()
     return torch.ops.fastlora_cuda.sparse_db(dys_tn, h_t, index_k.contiguous(), ranks, scales, sums_4k)
 
 

@@ -116,8 +116,9 @@ extern "C" int run(const char* name, int blocks, int threads, float* out, int* c
   return emulation::error.empty() ? 0 : -1;
 }
 
+// Name and number of blocks.
 int main(int, char** arguments) {
   std::vector<float> out(kThreads);
   int counter = 0;
-  return run(arguments[1], 8, kThreads, out.data(), &counter);
+  return run(arguments[1], std::stoi(arguments[2]), kThreads, out.data(), &counter);
 }

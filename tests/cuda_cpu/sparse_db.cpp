@@ -24,7 +24,7 @@ extern "C" int sparse_db(int dtype, int modules, const void* const* dys, const i
 int main() {
   const int columns[] = {136, 40, 24}, ranks[] = {70, 0, 3}, modules = 3;
   const float scales[] = {2.0f, 1.0f, 0.5f};
-  const int64_t tokens = 520, h_stride = 80 + 16;
+  const int64_t tokens = kSlow ? 260 : 520, h_stride = 80 + 16;
   for (int dtype : {kFloat32, kBFloat16}) {
     Elements h(dtype, tokens * h_stride), dy0(dtype, tokens * columns[0]), dy1(dtype, tokens * columns[1]), dy2(dtype, tokens * columns[2]);
     const void* dys[] = {dy0.data(), dy1.data(), dy2.data()};
@@ -38,7 +38,7 @@ int main() {
       std::vector<int> arrivals(5, 0);
       const int splits = sparse_db(dtype, modules, dys, columns, ranks, scales, h.data(), h_stride, 1, tokens, index.data(), 0, k,
                                    partial.data(), partial.size(), arrivals.data(), db.data(), sums.data());
-      if (splits != 3) return report("sparse_db: " + emulation::error);
+      if (splits != (kSlow ? 2 : 3)) return report("sparse_db: " + emulation::error);
       double wrong = 0;
       for (int i = 0; i < k; ++i) {
         const bool first = index[i] < 70 * 136;

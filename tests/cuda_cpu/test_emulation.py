@@ -59,22 +59,22 @@ def test_blocks_are_whole_warps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "races"),
+    ("kernel", "blocks", "races"),
     [
-        ("no_barrier", True),
-        ("race_between_barriers", True),
-        ("lanes_write", True),
-        ("lanes_meet", False),
-        ("lost_update", True),
-        ("unfenced", True),
-        ("last_block", False),
+        ("no_barrier", 1, True),
+        ("race_between_barriers", 1, True),
+        ("lanes_write", 1, True),
+        ("lanes_meet", 1, False),
+        ("lost_update", 8, True),
+        ("unfenced", 8, True),
+        ("last_block", 8, False),
     ],
 )
-def test_races_are_reported(kernel: str, races: bool) -> None:
-    ran = run_under("thread", "emulated", arguments=(kernel,))
+def test_races_are_reported(kernel: str, blocks: int, races: bool) -> None:
+    ran = run_under("thread", "emulated", arguments=(kernel, str(blocks)))
     assert ("data race" in ran.stderr) == races == (ran.returncode != 0), ran.stderr
 
 
 def test_reading_behind_shared_memory_is_reported() -> None:
-    ran = run_under("address", "emulated", arguments=("behind_shared",))
+    ran = run_under("address", "emulated", arguments=("behind_shared", "1"))
     assert ran.returncode and "heap-buffer-overflow" in ran.stderr
