@@ -1,4 +1,4 @@
-"""nvcc's kernels for the compile gate: every csrc/cuda/*.cu, compiled as setup.py would for one architecture and read from its machine code."""
+"""nvcc's kernels for the compile gate: every csrc/cuda/*.cu, compiled with setup.py's flags for one architecture."""
 
 from __future__ import annotations
 

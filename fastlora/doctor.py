@@ -142,7 +142,9 @@ def _extension() -> dict[str, str]:
 def _cuda_extension() -> dict[str, str]:
     path = {"path": str(extension.CUDA_LIBRARY)}
     if reason := extension.missing_cuda():
-        return path | {"missing": f"{reason}. Lost on a GPU: the k-entry forms of dB and AdamW, which then take whole buffers or the reference"}
+        return path | {
+            "missing": f"{reason}. Lost on a GPU: the k-entry forms of dB and AdamW, which then take whole buffers or the reference"
+        }
     return path | {"built": f"{_built(extension.CUDA_LIBRARY)}, for sm_80, sm_90a, sm_100 and later, and every torch from 2.11"}
 
 

@@ -20,8 +20,8 @@ rounds unlike its scalar tail: the last numel mod 16 entries of each tensor diff
 vector covers them (measured, torch 2.13, Zen 4), and which entries are the last depends on the layout.
 
 The C++ kernels make one pass over the entries where they are. They sum squares in double, and round θ once, so that they are
-nearer to the formula than torch is; in bits they differ from it. The CUDA kernels are for an index only (csrc/cuda/adamw_step.cuh); Triton's
-also take whole buffers.
+nearer to the formula than torch is; in bits they differ from it. The CUDA kernels (csrc/cuda/adamw_step.cuh) are for an index only;
+Triton's also take whole buffers.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def triton_refuses(device: torch.device, *args: Any) -> str | None:
 
 
 def cuda_refuses(device: torch.device, *args: Any) -> str | None:
-    """Why the CUDA kernels cannot run: no CUDA part in the extension, no GPU or an old one, a dtype besides float32, bfloat16 and float16."""
+    """Why the CUDA kernels cannot run: no CUDA extension, no GPU or an old one, a dtype besides float32, bfloat16 and float16."""
     if reason := extension.missing_cuda():
         return reason
     if device.type != "cuda":

@@ -39,8 +39,8 @@ def sparse_db(
     """db_k [k] in float32 (float64 for float64).
 
     dys: dY_m [*, n_m] of every module; h: [*, Σ r] or rounded up, both of one dtype. index_k: int32 or int64 [k], ascending; a position
-    outside of the group's B is not looked for on a GPU, where its entry stays undefined. sums_4k: [4, k] in the dtype of the result, added to
-    in place. Not differentiable. Raises ValueError when the shapes do not belong together.
+    outside of the group's B is not looked for on a GPU, where its entry stays undefined. sums_4k: [4, k] in the dtype of the result, added
+    to in place. Not differentiable. Raises ValueError when the shapes do not belong together.
     """
     _check(dys, h, index_k, ranks, scales, sums_4k)
     return call(sparse_db_op, _dispatch, list(dys), h, index_k, list(ranks), list(scales), sums_4k)
@@ -50,7 +50,9 @@ def _check(dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[in
     if not len(dys) == len(ranks) == len(scales):
         raise ValueError(f"sparse_db: {len(dys)} gradients, {len(ranks)} ranks and {len(scales)} scales")
     if h.shape[-1] not in (sum(ranks), rank_columns(ranks)):
-        raise ValueError(f"sparse_db: h has {h.shape[-1]} columns; ranks {list(ranks)} need {sum(ranks)}, or {rank_columns(ranks)} rounded up")
+        raise ValueError(
+            f"sparse_db: h has {h.shape[-1]} columns; ranks {list(ranks)} need {sum(ranks)}, or {rank_columns(ranks)} rounded up"
+        )
     for m, dy in enumerate(dys):
         if dy.shape[:-1] != h.shape[:-1] or dy.dtype != h.dtype:
             raise ValueError(f"sparse_db: dY of module {m} is {list(dy.shape)} {dy.dtype}, h is {list(h.shape)} {h.dtype}")
@@ -129,9 +131,7 @@ sparse_db_op = _dispatch.torch_op(mutates_args=("sums_4k",))
 
 
 @sparse_db_op.register_fake
-def _(
-    dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int], scales: Sequence[float], sums_4k: Tensor | None
-) -> Tensor:
+def _(dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int], scales: Sequence[float], sums_4k: Tensor | None) -> Tensor:
     return h.new_empty(len(index_k), dtype=_sum_dtype(h))
 
 
@@ -157,9 +157,7 @@ def sample_inputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[An
         yield dys, h, index_k, ranks, scales, sums
 
 
-def cost(
-    dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int], scales: Sequence[float], sums_4k: Tensor | None
-) -> Cost:
+def cost(dys: Sequence[Tensor], h: Tensor, index_k: Tensor, ranks: Sequence[int], scales: Sequence[float], sums_4k: Tensor | None) -> Cost:
     """A product and a sum for every token and entry; dY and H read once, the sums read and written."""
     t, k = h.shape[:-1].numel(), len(index_k)
     read = sum(x.numel() * x.element_size() for x in (*dys, h, index_k))

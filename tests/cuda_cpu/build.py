@@ -61,7 +61,7 @@ def _compile(harness: str, flags: tuple[str, ...], edits: tuple[Edit, ...]) -> P
         if sources[name].count(text) != 1:
             raise ValueError(f"{name} has {text!r} {sources[name].count(text)} times, not once")
         sources[name] = sources[name].replace(text, replacement)
-    ours = {path.name: path.read_text() for path in sorted(HERE.glob("emulation.*")) + [HERE / "elements.h", HERE / f"{harness}.cpp"]}
+    ours = {path.name: path.read_text() for path in [*sorted(HERE.glob("emulation.*")), HERE / "elements.h", HERE / f"{harness}.cpp"]}
     target = CACHE / f"{harness}-{_digest(sources, ours, FLAGS + flags)}"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:

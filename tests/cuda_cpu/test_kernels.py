@@ -147,9 +147,7 @@ def test_adamw_step(index: str, offset: int) -> None:
     placed = [memory.place(x, offset) for x in (param, grad, m, v)]
     clip, index_32 = memory.place(torch.tensor([0.25])), memory.place(index_k.int(), offset)
     numbers = [ctypes.c_double(x) for x in (0.01, 0.8, 0.95, 1e-6, 0.1)]
-    status = harness.adamw_step(
-        *map(pointer, (*placed, clip, index_32)), ctypes.c_int64(len(index_k)), ctypes.c_int64(3), *numbers
-    )
+    status = harness.adamw_step(*map(pointer, (*placed, clip, index_32)), ctypes.c_int64(len(index_k)), ctypes.c_int64(3), *numbers)
     launched(harness, status)
     memory.assert_guards_hold()
     for ours, truth in zip((placed[0][index_k], placed[2], placed[3]), expected, strict=True):

@@ -1,4 +1,4 @@
-"""The CUDA kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer; and bugs, planted, that these suites must see."""
+"""The CUDA kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer; and planted bugs, which must be seen."""
 
 from __future__ import annotations
 
@@ -65,8 +65,14 @@ def test_planted_bugs_are_seen(bug: str) -> None:
 
 
 WRONG = {
-    "a split is forgotten": ("sparse_db", ("sparse_db.cuh", "for (int split = 0; split < p.splits;", "for (int split = 1; split < p.splits;")),
-    "columns of a tile are mixed up": ("sparse_db", ("sparse_db.cuh", "kTurn * (column % 8) + column / 8", "kTurn * (column % 8) + column / 16")),
+    "a split is forgotten": (
+        "sparse_db",
+        ("sparse_db.cuh", "for (int split = 0; split < p.splits;", "for (int split = 1; split < p.splits;"),
+    ),
+    "columns of a tile are mixed up": (
+        "sparse_db",
+        ("sparse_db.cuh", "kTurn * (column % 8) + column / 8", "kTurn * (column % 8) + column / 16"),
+    ),
     "a slice is forgotten": ("adamw_step", ("adamw_step.cuh", "for (int s = 0; s < p.slices;", "for (int s = 1; s < p.slices;")),
     "the clip is forgotten": ("adamw_step", ("adamw_step.cuh", "clip * g.at[j]", "clip / clip * g.at[j]")),
     "neighbours are taken for granted": (
