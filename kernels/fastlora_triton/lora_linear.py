@@ -47,8 +47,10 @@ def row_group(column_tiles: int, k: int) -> int:
 
 @triton.jit
 def tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones, columns backwards: the W tiles of
-    the turn are still in L2."""
+    """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones, columns backwards.
+
+    Backwards, since the W tiles of the turn are still in L2.
+    """
     together = ROW_GROUP * column_tiles
     group = tl.program_id(0) // together
     first_row_tile = group * ROW_GROUP
