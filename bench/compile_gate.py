@@ -3,8 +3,9 @@
 nvcc's kernels (csrc/cuda) come from bench/cuda_gate.py; `--no-cuda` leaves them out where there is no nvcc. Triton's launchers run with
 tensors on the meta device, so that arguments, constants and divisibility are those of a real launch: the three projections groups and the
 head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills), shared memory of a CTA
-within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers within REGISTER_BAND
-of bench/compile_baseline.json (`--write-baseline` makes the part of this version of triton anew).
+within the chip's, tensor cores in every matrix kernel (on sm_90 wgmma and no mma.sync), wide loads where there is a TMA, at least one CTA
+on an SM, and on sm_90 registers within REGISTER_BAND of bench/compile_baseline.json (`--write-baseline` makes the part of this version of
+triton anew).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ MATRIX_KERNELS = {
 }
 NARROW_LOADS = {("weight_gradient_kernel", "tf32")}
 """wgmma takes 32-bit operands with k innermost only, and here k is the token: 4-byte copies transpose on the way into shared memory."""
+TENSOR_CORE = {80: ("HMMA", "mma.sync"), 90: ("HGMMA", "wgmma"), 100: ("UTC", "tcgen05")}
+"""Capability -> how the machine's instructions start, and what the manual calls them."""
 TOKENS = 8192
 
 
@@ -236,6 +239,8 @@ def broken_limits(variants: Sequence[Variant], capability: int) -> list[str]:
     baseline, failures = baselines().get(triton.__version__, {}), []
     for v in variants:
         failures += hardware_faults(v, capability)
+        if capability != 90:
+            continue
         before = baseline.get(f"{v.kernel} {v.dtype}")
         if before is None:
             failures.append(_fault(v, "not in the baseline: --write-baseline"))
@@ -246,14 +251,14 @@ def broken_limits(variants: Sequence[Variant], capability: int) -> list[str]:
 
 def hardware_faults(v: Variant, capability: int) -> list[str]:
     """A sentence for each limit of the architecture that one machine code breaks."""
-    machine, matrix = v.machine, v.kernel in MATRIX_KERNELS
+    machine, matrix, (instruction, name) = v.machine, v.kernel in MATRIX_KERNELS, TENSOR_CORE[capability]
     wide = matrix or v.kernel in ("export_kernel", *cuda_gate.KERNELS)
     checks = (
         (machine.stack_bytes > 0, f"{machine.stack_bytes} bytes of stack"),
         (machine.shared_bytes > CHIPS[capability].shared_of_a_cta, f"{machine.shared_bytes} bytes of shared memory"),
-        (capability == 90 and matrix and not machine.tensor_core, "no wgmma"),
+        (matrix and not machine.count(instruction), f"no {name}"),
         (capability == 90 and machine.tensor_core_of_ampere > 0, f"{machine.tensor_core_of_ampere} mma.sync"),
-        (wide and (v.kernel, v.dtype) not in NARROW_LOADS and not machine.wide_loads, "no TMA and no 16-byte load"),
+        (capability >= 90 and wide and (v.kernel, v.dtype) not in NARROW_LOADS and not machine.wide_loads, "no TMA and no 16-byte load"),
         (machine.ctas_on_an_sm(capability) < 1, "does not fit an SM"),
     )
     return [_fault(v, what) for broken, what in checks if broken]

@@ -42,7 +42,7 @@ TABLE: dict[int, dict[Operands, Tiles]] = {
         # mma.sync. Without a TMA a descriptor becomes pointers, computed in registers, of whose alignment nothing is known: 128 × 128 sums
         # took 255 registers and spilled, loads are narrow. These compile without spills; lora_linear and linear_logprob refuse to run.
         "half": Tiles(t=64, n=64, k=32, r=32, shrink_t=64, v=64, warps=4, stages=3),
-        "tf32": Tiles(t=64, n=64, k=32, r=32, shrink_t=64, v=64, warps=4, stages=2, precision="tf32"),
+        "tf32": Tiles(t=64, n=64, k=16, r=32, shrink_t=64, v=64, warps=4, stages=2, precision="tf32"),
         "ieee": FMA,
     },
     90: {

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
+import torch
 import triton
 
 from bench import compile_gate, cuda_gate
@@ -27,7 +28,18 @@ def test_every_kernel_keeps_the_limits(capsys: pytest.CaptureFixture[str], monke
     assert compile_gate.main(["--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["failures"] == [] and found["max_stack_bytes"] == 0 and found["matrix_kernels_without_hgmma"] == 0
-    assert found["kernels"] == len(compile_gate.MATRIX_KERNELS) + 8 + len(cuda_gate.KERNELS) and found["max_shared_bytes"] <= 232448
+    assert found["kernels"] == len(compile_gate.MATRIX_KERNELS) + 9 + len(cuda_gate.KERNELS) and found["max_shared_bytes"] <= 232448
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 100])
+def test_other_architectures_compile_without_spills(
+    capability: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_gate, "MODELS", {"Qwen2.5-1.5B": compile_gate.MODELS["Qwen2.5-1.5B"]})
+    monkeypatch.setattr(compile_gate, "RANKS", ((32, 32, 32),))
+    monkeypatch.setattr(compile_gate, "DTYPES", {"bf16": torch.bfloat16})
+    assert compile_gate.main(["--json", "--no-cuda", "--capability", str(capability)]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
