@@ -103,9 +103,7 @@ def _is_on(variant: Variant, device: torch.device) -> None:
     if variant.implementation == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernels run on the CPU")
     if variant.implementation not in ON_A_CPU:
-        pytest.skip(
-            "for a GPU: tests/gpu runs it on one, with inputs that it takes; tests/ops/test_triton_*.py and tests/cuda_cpu run its kernels on the CPU"
-        )
+        pytest.skip("for a GPU (tests/gpu); tests/ops/test_triton_*.py and tests/cuda_cpu run its kernels on the CPU")
 
 
 def test_every_op_of_the_package_is_found() -> None:
