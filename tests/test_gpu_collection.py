@@ -103,6 +103,23 @@ def test_the_tests_of_numerics_see_a_wrong_kernel(op: str, monkeypatch: pytest.M
             check()
 
 
+@pytest.mark.parametrize("op", AUTOGRAD)
+def test_gradients_through_triton_kernels_compiled_and_run_on_the_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's own test of autograd and joined weights, with bench/triton_cpu in the place of the card: ops, public functions and launchers
+    fit together, and the error in bf16 is torch's own times 1.1."""
+    pytest.importorskip("triton", reason="Triton kernels need triton")
+    from bench.triton_cpu.launch import Watch, on_cpu
+
+    monkeypatch.setattr(test_autograd, "GPU", CPU)
+    for name in (op, f"{op}_backward"):
+        implementations = dispatchers[name].implementations
+        here = Implementation("triton", implementations["triton"].run, lambda device, *args: None)
+        monkeypatch.setitem(implementations, "triton", here)
+    build, run, formula = (getattr(test_autograd, name) for name in AUTOGRAD[op])
+    with on_cpu(Watch(order_seed=3)):
+        test_autograd.test_outputs_and_gradients(op, build, run, formula, PRECISIONS[0])
+
+
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
 def test_the_step_of_the_graph_is_the_trainers(one_pass: bool) -> None:
     """Beside `policy.loss_on` and `optim.AdamW.step` on the same batch: loss, gradient, parameters."""
