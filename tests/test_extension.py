@@ -17,6 +17,7 @@ from fastlora.ops.registry import dispatchers
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 EVERY_OP = """
 import importlib, pkgutil
 import torch
@@ -24,7 +25,7 @@ import fastlora.ops
 from fastlora import extension
 from fastlora.ops.registry import OpSpec, implementation_counts
 
-extension.LIBRARY = extension.LIBRARY.with_name("never_built.so")
+extension.LIBRARY = extension.CUDA_LIBRARY = extension.LIBRARY.with_name("never_built.so")
 for info in pkgutil.iter_modules(fastlora.ops.__path__):
     for value in list(vars(importlib.import_module(f"fastlora.ops.{info.name}")).values()):
         for spec in value if isinstance(value, tuple) else (value,):
@@ -40,9 +41,11 @@ print(extension.missing())
 @pytest.fixture
 def _forgetful() -> Iterator[None]:
     """`missing` remembers its answer for the life of the process; before and after these tests it forgets."""
-    extension.missing.cache_clear()
+    for missing in (extension.missing, extension.missing_cuda):
+        missing.cache_clear()
     yield
-    extension.missing.cache_clear()
+    for missing in (extension.missing, extension.missing_cuda):
+        missing.cache_clear()
 
 
 @pytest.mark.usefixtures("_forgetful")
@@ -59,6 +62,37 @@ def test_a_broken_extension_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(extension, "LIBRARY", library)
     reason = extension.missing()
     assert reason is not None and "_C.so does not load under torch" in reason and torch.__version__ in reason and "build it again" in reason
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_a_missing_or_broken_cuda_extension_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    reason = extension.missing_cuda()
+    assert reason is not None and "was not built" in reason and "nvcc" in reason and "pip install -e ." in reason
+    (tmp_path / "_C_cuda.so").write_text("not a library")
+    extension.missing_cuda.cache_clear()
+    reason = extension.missing_cuda()
+    assert reason is not None and "_C_cuda.so does not load under torch" in reason and "build it again" in reason
+
+
+@pytest.mark.skipif(not extension.CUDA_LIBRARY.exists(), reason=str(extension.missing_cuda()))
+def test_the_cuda_extension_loads_without_a_gpu_and_has_every_op() -> None:
+    """Under a torch without CUDA too: the one symbol of libtorch_cuda is weak."""
+    assert extension.missing_cuda() is None
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastlora_cuda::")}
+    assert registered == {*CUDA_SOURCES, "gradient_norms"}
+
+
+def test_every_cuda_source_is_an_op_and_its_device_code_needs_no_torch() -> None:
+    assert CUDA_SOURCES
+    for stem in CUDA_SOURCES:
+        importlib.import_module(f"fastlora.ops.{stem}")
+        assert "cuda" in dispatchers[stem].implementations, f"csrc/cuda/{stem}.cu is used by no op"
+        assert (ROOT / "csrc/cuda" / f"{stem}.cuh").exists()
+    for path in (ROOT / "csrc/cuda").glob("*.cuh"):
+        text = path.read_text()
+        assert "#include <torch" not in text and "binding.h" not in text
+        assert path.stem == "device" or "ot run on a GPU" in text
 
 
 def test_without_the_extension_every_op_runs() -> None:

@@ -158,10 +158,20 @@ class Translation:
 
 def translate(ttir: str) -> Translation:
     """Raises NotImplementedError with the line that it cannot translate."""
-    return _Translator(ttir).translate()
+    return Translator(ttir).translate()
 
 
-class _Translator:
+def results_of(line: str) -> tuple[list[str], str]:
+    """(results, operation) of a line: `%x:2 = scf.for ...` has the results `%x#0` and `%x#1`."""
+    match = re.match(r"(%[\w.]+)(?::(\d+))?(?:, %[\w.]+)* = (.*)$", line)
+    if match is None:
+        return [], line
+    return [f"{match[1]}#{k}" for k in range(int(match[2]))] if match[2] else [match[1]], match[3]
+
+
+class Translator:
+    """Walks over the lines of a kernel. A subclass may keep less of it (trace.py): `wanted`, and the methods of single operations."""
+
     def __init__(self, ttir: str) -> None:
         # Neither places in the source nor hints of divisibility change what is computed.
         noise = re.compile(r"\s+loc\((?:[^()]|\([^()]*\))*\)|\s*\{tt\.[^{}]*\}")
@@ -171,6 +181,10 @@ class _Translator:
         self.yields: list[list[str]] = []
         """Results that the yield of each open region assigns."""
 
+    def wanted(self, value: str) -> bool:
+        """Whether a value that a loop carries or a branch gives is computed."""
+        return True
+
     # names and elements
 
     def name(self, value: str) -> str:
@@ -179,12 +193,15 @@ class _Translator:
     def element(self, value: str, index: str = "i") -> str:
         return self.name(value) if self.types[value].shape is None else f"{self.name(value)}[{index}]"
 
+    def storage(self, value: str) -> str:
+        """C++ type of a variable for the value."""
+        type_ = self.types[value]
+        return type_.c if type_.shape is None else f"Array<{type_.c}, {type_.size}>"
+
     def declare(self, value: str, type_: Type) -> Type:
         self.types[value] = type_
-        if type_.shape is None:
-            self.code.append(f"{type_.c} {self.name(value)};")
-        else:  # thread_local: programs run on threads, and tiles are too large for a stack
-            self.code.append(f"static thread_local Array<{type_.c}, {type_.size}> {self.name(value)};")
+        where = "" if type_.shape is None else "static thread_local "  # programs run on threads, and tiles are too large for a stack
+        self.code.append(f"{where}{self.storage(value)} {self.name(value)};")
         return type_
 
     def each(self, result: str, type_: Type, expression: str) -> None:
@@ -249,13 +266,10 @@ order_seed,
         line = self.lines[at]
         if not line or line.startswith("//"):
             return at + 1
-        results: list[str] = []
-        if match := re.match(r"(%[\w.]+)(?::(\d+))?(?:, %[\w.]+)* = (.*)$", line):
-            results = [f"{match[1]}#{k}" for k in range(int(match[2]))] if match[2] else [match[1]]
-            line = match[3]
+        results, line = results_of(line)
         for pattern, method in _OPERATIONS:
             if match := pattern.match(line):
-                after = method(self, match, results, at)
+                after = getattr(self, method.__name__)(match, results, at)  # a subclass may have its own
                 return at + 1 if after is None else after
         raise NotImplementedError(line)
 
@@ -285,19 +299,20 @@ order_seed,
         self.each(results[0], Type(None, source.element, source.pointee), f"{self.name(match[1])}[0]")
 
     def broadcast(self, match: re.Match[str], results: list[str], at: int) -> None:
-        source, type_ = self.types[match[1]], self.declare(results[0], Type.parse(match[2]))
+        source, type_ = self.types[match[1]], Type.parse(match[2])
         assert source.shape is not None
         self.gather(
             results[0], type_, match[1], [0 if n == 1 else stride for n, stride in zip(source.shape, _strides(source.shape), strict=True)]
         )
 
     def transpose(self, match: re.Match[str], results: list[str], at: int) -> None:
-        source, type_ = self.types[match[1]], self.declare(results[0], Type.parse(match[3]))
+        source, type_ = self.types[match[1]], Type.parse(match[3])
         assert source.shape is not None
         self.gather(results[0], type_, match[1], [_strides(source.shape)[int(axis)] for axis in match[2].split(",")])
 
     def gather(self, result: str, type_: Type, source: str, strides: list[int]) -> None:
         """result[j0, j1, ...] = source[Σ j_k strides_k]."""
+        self.declare(result, type_)
         index = " + ".join(f"j{k} * {stride}" for k, stride in enumerate(strides))
         self.code.append(f"{{ long o = 0; {_loops(type_)} {self.name(result)}[o++] = {self.name(source)}[{index}]; }}")
 
@@ -438,7 +453,8 @@ order_seed,
     def loop(self, match: re.Match[str], results: list[str], at: int) -> int:
         carried = [part.split(" = ") for part in split(match[5] or "")]
         types = [Type.parse(text) for text in split(match[6] or "")]
-        for result, (_, start), type_ in zip(results, carried, types, strict=True):
+        kept = [entry for entry in zip(results, carried, types, strict=True) if self.wanted(entry[0])]
+        for result, (_, start), type_ in kept:
             self.declare(result, type_)
             self.code.append(f"{self.name(result)} = {self.name(start)};")
         counter = match[1]
@@ -447,14 +463,15 @@ order_seed,
         self.code.append(
             f"for ({c} {variable} = {self.name(match[2])}; {variable} < {self.name(match[3])}; {variable} += {self.name(match[4])}) {{"
         )
-        for result, (inner, _), type_ in zip(results, carried, types, strict=True):
+        for result, (inner, _), type_ in kept:
             self.types[inner] = type_
             self.code.append(f"auto& {self.name(inner)} = {self.name(result)};")
         return self.nested(at + 1, results)
 
     def branch(self, match: re.Match[str], results: list[str], at: int) -> int:
         for result, text in zip(results, split(match[2] or ""), strict=True):
-            self.declare(result, Type.parse(text))
+            if self.wanted(result):
+                self.declare(result, Type.parse(text))
         self.code.append(f"if ({self.name(match[1])}) {{")
         return self.nested(at + 1, results)
 
@@ -471,9 +488,9 @@ order_seed,
 
     def yield_(self, match: re.Match[str], results: list[str], at: int) -> None:
         """All values are read before any result is written: they may be each other."""
-        values = split(match[1] or "")
-        copies = " ".join(f"const auto y{k} = {self.name(value)};" for k, value in enumerate(values))
-        self.code.append(f"{{ {copies} " + " ".join(f"{self.name(r)} = y{k};" for k, r in enumerate(self.yields[-1])) + " }")
+        pairs = [(r, value) for r, value in zip(self.yields[-1], split(match[1] or ""), strict=True) if self.wanted(r)]
+        copies = " ".join(f"{self.storage(r)} const y{k} = {self.name(value)};" for k, (r, value) in enumerate(pairs))
+        self.code.append(f"{{ {copies} " + " ".join(f"{self.name(r)} = y{k};" for k, (r, _) in enumerate(pairs)) + " }")
 
     def reduce(self, match: re.Match[str], results: list[str], at: int) -> int:
         """Along one axis, in the order of a tree: halves onto halves."""
@@ -530,44 +547,44 @@ def _loops(type_: Type) -> str:
     return "".join(f"for (long j{k} = 0; j{k} < {n}; ++j{k}) " for k, n in enumerate(type_.shape or ()))
 
 
-_Method = Callable[[_Translator, re.Match[str], list[str], int], int | None]
+_Method = Callable[[Translator, re.Match[str], list[str], int], int | None]
 _OPERATIONS: list[tuple[re.Pattern[str], _Method]] = [
     (re.compile(pattern), method)
     for pattern, method in (
-        (r"arith\.constant (dense<.*?>|\S+) : (.*)$", _Translator.constant),
-        (r"arith\.constant (true|false)()$", _Translator.constant),
-        (r"tt\.(get_program_id|get_num_programs) (\w)", _Translator.program_id),
-        (r"tt\.make_range \{end = \d+ : i32, start = (\d+) : i32\} : (.*)$", _Translator.make_range),
-        (r"tt\.splat (%\S+) : .* -> (.*)$", _Translator.splat),
+        (r"arith\.constant (dense<.*?>|\S+) : (.*)$", Translator.constant),
+        (r"arith\.constant (true|false)()$", Translator.constant),
+        (r"tt\.(get_program_id|get_num_programs) (\w)", Translator.program_id),
+        (r"tt\.make_range \{end = \d+ : i32, start = (\d+) : i32\} : (.*)$", Translator.make_range),
+        (r"tt\.splat (%\S+) : .* -> (.*)$", Translator.splat),
         (
             r"tt\.(?:expand_dims|reshape) (%\S+)(?: allow_reorder)?(?: efficient_layout)?(?: \{.*?\})? : .* -> (.*)$",
-            _Translator.same_elements,
+            Translator.same_elements,
         ),
-        (r"tt\.unsplat (%\S+) : .*$", _Translator.unsplat),
-        (r"tt\.broadcast (%\S+) : \S+ -> (.*)$", _Translator.broadcast),
-        (r"tt\.trans (%\S+) \{order = array<i32: (.*?)>\} : \S+ -> (.*)$", _Translator.transpose),
-        (r"arith\.cmp[if] (\w+), (%\S+), (%\S+) : (.*)$", _Translator.compare),
-        (r"arith\.select (%\S+), (%\S+), (%\S+) : (.*)$", _Translator.select),
-        (r"arith\.(ext[fsui]+|trunc[fi]|sitofp|uitofp|fptosi|index_cast) (%\S+) : .* to (.*)$", _Translator.cast),
-        (r"(?:arith|tt)\.bitcast (%\S+) : .* (?:to|->) (.*)$", _Translator.bitcast),
-        (r"arith\.negf (%\S+) : (.*)$", _Translator.negate),
-        (r"math\.fma (%\S+), (%\S+), (%\S+) : (.*)$", _Translator.fused_multiply_add),
-        (r"math\.(\w+) (%\S+) : (.*)$", _Translator.math),
-        (r"tt\.precise_(sqrt|divf) (.*?) : (.*)$", _Translator.precise),
-        (r"arith\.(\w+) (%\S+), (%\S+)(?: overflow<.*>)? : (.*)$", _Translator.binary),
-        (r"tt\.dot (%\S+), (%\S+), (%\S+?)(?:, inputPrecision = (\w+))? : \S+ \* \S+ -> (.*)$", _Translator.dot),
-        (r"tt\.addptr (%\S+), (%\S+) : .*$", _Translator.add_pointer),
-        (r"tt\.load (.*?)(?: cacheModifier = \w+)?(?: evictionPolicy = \w+)? : .*$", _Translator.load),
-        (r"tt\.store (.*?)(?: cacheModifier = \w+)?(?: evictionPolicy = \w+)? : .*$", _Translator.store),
-        (r"tt\.atomic_rmw (\w+), \w+, \w+, (.*?) : .* -> (.*)$", _Translator.atomic),
-        (r"tt\.descriptor_load (%[\w.]+)\[(.*?)\] : \S+ -> (.*)$", _Translator.descriptor_load),
-        (r"tt\.descriptor_store (%[\w.]+)\[(.*?)\], (%\S+) : .*$", _Translator.descriptor_store),
+        (r"tt\.unsplat (%\S+) : .*$", Translator.unsplat),
+        (r"tt\.broadcast (%\S+) : \S+ -> (.*)$", Translator.broadcast),
+        (r"tt\.trans (%\S+) \{order = array<i32: (.*?)>\} : \S+ -> (.*)$", Translator.transpose),
+        (r"arith\.cmp[if] (\w+), (%\S+), (%\S+) : (.*)$", Translator.compare),
+        (r"arith\.select (%\S+), (%\S+), (%\S+) : (.*)$", Translator.select),
+        (r"arith\.(ext[fsui]+|trunc[fi]|sitofp|uitofp|fptosi|index_cast) (%\S+) : .* to (.*)$", Translator.cast),
+        (r"(?:arith|tt)\.bitcast (%\S+) : .* (?:to|->) (.*)$", Translator.bitcast),
+        (r"arith\.negf (%\S+) : (.*)$", Translator.negate),
+        (r"math\.fma (%\S+), (%\S+), (%\S+) : (.*)$", Translator.fused_multiply_add),
+        (r"math\.(\w+) (%\S+) : (.*)$", Translator.math),
+        (r"tt\.precise_(sqrt|divf) (.*?) : (.*)$", Translator.precise),
+        (r"arith\.(\w+) (%\S+), (%\S+)(?: overflow<.*>)? : (.*)$", Translator.binary),
+        (r"tt\.dot (%\S+), (%\S+), (%\S+?)(?:, inputPrecision = (\w+))? : \S+ \* \S+ -> (.*)$", Translator.dot),
+        (r"tt\.addptr (%\S+), (%\S+) : .*$", Translator.add_pointer),
+        (r"tt\.load (.*?)(?: cacheModifier = \w+)?(?: evictionPolicy = \w+)? : .*$", Translator.load),
+        (r"tt\.store (.*?)(?: cacheModifier = \w+)?(?: evictionPolicy = \w+)? : .*$", Translator.store),
+        (r"tt\.atomic_rmw (\w+), \w+, \w+, (.*?) : .* -> (.*)$", Translator.atomic),
+        (r"tt\.descriptor_load (%[\w.]+)\[(.*?)\] : \S+ -> (.*)$", Translator.descriptor_load),
+        (r"tt\.descriptor_store (%[\w.]+)\[(.*?)\], (%\S+) : .*$", Translator.descriptor_store),
         (
             r"scf\.for (%\S+) = (%\S+) to (%\S+) step (%\S+)(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))?\s*\{",
-            _Translator.loop,
+            Translator.loop,
         ),
-        (r"scf\.if (%\S+)(?: -> \((.*)\))? \{", _Translator.branch),
-        (r"scf\.yield(?: (.*?) : .*)?$", _Translator.yield_),
-        (r'"tt\.reduce"\((.*?)\) <\{axis = (\d+) : i32.*?\}> \(\{', _Translator.reduce),
+        (r"scf\.if (%\S+)(?: -> \((.*)\))? \{", Translator.branch),
+        (r"scf\.yield(?: (.*?) : .*)?$", Translator.yield_),
+        (r'"tt\.reduce"\((.*?)\) <\{axis = (\d+) : i32.*?\}> \(\{', Translator.reduce),
     )
 ]

@@ -14,7 +14,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -63,22 +63,41 @@ def on_cpu(watch: Watch = Watch()) -> Iterator[None]:
 
 def run(ttir: str, kernel: Any, grid: Sequence[int], args: Sequence[Any], options: dict[str, Any], watch: Watch) -> None:
     """Runs a kernel's TTIR on the tensors of its arguments. Raises LaunchError."""
-    translation, library = _build(ttir)
-    given = dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in options.items() if name in kernel.arg_names}
-    buffers = {name: tensor for name, value in given.items() for name, tensor in _tensors(name, value)}
-    values = [_c_value(argument, given) for argument in translation.arguments]
-    count, sizes = len(buffers), (*grid, 1, 1)[:3]
+    translation, library = build(ttir, translate)
+    given = named_arguments(kernel, args, options)
+    buffers = tensors_of(given)
+    count = len(buffers)
     message = library.launch(
         (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in buffers.values())),
-        (ctypes.c_void_p * count)(*(tensor.data_ptr() + _extent(tensor) for tensor in buffers.values())),
-        (ctypes.c_char_p * count)(*(f"{name} {tuple(tensor.shape)}".encode() for name, tensor in buffers.items())),
+        (ctypes.c_void_p * count)(*(tensor.data_ptr() + extent(tensor) for tensor in buffers.values())),
+        (ctypes.c_char_p * count)(*(label(name, tensor) for name, tensor in buffers.items())),
         *map(ctypes.c_int, (count, watch.conflicts, watch.threads)),
         ctypes.c_uint(watch.order_seed),
-        *map(ctypes.c_int, sizes),
-        *values,
+        *grid_sizes(grid),
+        *c_values(translation, given),
     )
     if message:
         raise LaunchError(f"{translation.name}: {message.decode()}")
+
+
+def named_arguments(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A launch's arguments and constants under the kernel's names."""
+    return dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in options.items() if name in kernel.arg_names}
+
+
+def grid_sizes(grid: Sequence[int]) -> list[ctypes.c_int]:
+    """Three."""
+    return [ctypes.c_int(n) for n in (*grid, 1, 1)[:3]]
+
+
+def tensors_of(given: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors behind a launch's arguments."""
+    return {name: tensor for argument, value in given.items() for name, tensor in _tensors(argument, value)}
+
+
+def label(name: str, tensor: Tensor) -> bytes:
+    """For messages."""
+    return f"{name} {tuple(tensor.shape)}".encode()
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -92,14 +111,19 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, value.base
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element to behind the last."""
     if not tensor.numel():
         return 0
     return (sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.element_size()
 
 
-def _c_value(argument: Argument, given: dict[str, Any]) -> Any:
+def c_values(translation: Translation, given: dict[str, Any], address: Callable[[Tensor], int] = Tensor.data_ptr) -> list[Any]:
+    """What the kernel's library is called with; `address` of a tensor."""
+    return [_c_value(argument, given, address) for argument in translation.arguments]
+
+
+def _c_value(argument: Argument, given: dict[str, Any], address: Callable[[Tensor], int]) -> Any:
     """The kernel's argument `%x`, or `%x.shape.0`, `%x.stride.1` of a descriptor, `%x.0` of a tuple."""
     name, *path = argument.name[1:].split(".")
     value = given[name]
@@ -110,29 +134,33 @@ def _c_value(argument: Argument, given: dict[str, Any]) -> Any:
         value = 0 if values is None or len(path) == 1 else values[int(path[1])]
         return _CTYPES[argument.type](int(value))
     if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+        return ctypes.c_void_p(address(value))
     if hasattr(value, "base"):
-        return ctypes.c_void_p(value.base.data_ptr())
+        return ctypes.c_void_p(address(value.base))
     return _CTYPES[argument.type](value)
 
 
 @cache
-def _build(ttir: str) -> tuple[Translation, ctypes.CDLL]:
-    """The C++ of a kernel and its compiled library, kept in CACHE between processes."""
-    translation = translate(ttir)
-    sources = translation.source + (HERE / "runtime.h").read_text() + " ".join(FLAGS)
-    path = CACHE / f"{translation.name}_{hashlib.sha256(sources.encode()).hexdigest()[:16]}.so"
+def build(ttir: str, translator: Callable[[str], Translation]) -> tuple[Translation, ctypes.CDLL]:
+    """The C++ of a kernel and its compiled library."""
+    translation = translator(ttir)
+    library = compiled(translation.name, translation.source)
+    library.launch.restype = ctypes.c_char_p
+    return translation, library
+
+
+def compiled(name: str, source: str) -> ctypes.CDLL:
+    """The library of a C++ source, kept in CACHE between processes. Raises RuntimeError with what the compiler says."""
+    headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
+    path = CACHE / f"{name}_{hashlib.sha256((source + headers + ' '.join(FLAGS)).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            source, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
-            source.write_text(translation.source)
-            done = subprocess.run(
-                ["g++", *FLAGS, f"-I{HERE}", str(source), "-o", str(library)], capture_output=True, text=True, check=False
-            )
+            source_path, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+            source_path.write_text(source)
+            command = ["g++", *FLAGS, f"-I{HERE}", str(source_path), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"{translation.name}: the C++ of its TTIR does not compile:\n{done.stderr[:4000]}")
+                raise RuntimeError(f"{name}: the C++ of its TTIR does not compile:\n{done.stderr[:4000]}")
             library.replace(path)
-    library = ctypes.CDLL(str(path))
-    library.launch.restype = ctypes.c_char_p
-    return translation, library
+    return ctypes.CDLL(str(path))

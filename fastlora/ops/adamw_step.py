@@ -20,20 +20,22 @@ rounds unlike its scalar tail: the last numel mod 16 entries of each tensor diff
 vector covers them (measured, torch 2.13, Zen 4), and which entries are the last depends on the layout.
 
 The C++ kernels make one pass over the entries where they are. They sum squares in double, and round θ once, so that they are
-nearer to the formula than torch is; in bits they differ from it.
+nearer to the formula than torch is; in bits they differ from it. The CUDA kernels (csrc/cuda/adamw_step.cuh) are for an index only;
+Triton's also take whole buffers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses, triton_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, cpp_refuses, cuda_refuses, triton_refuses
 
 ALIGNMENT = 16
 """Elements; layouts start their blocks (a group's A, a group's B, a weight of the model) at multiples of this: 64 bytes in fp32, a
@@ -194,6 +196,21 @@ def _float32_only(refuses: Callable[..., str | None]) -> Callable[..., str | Non
 _cpp_refuses, _triton_refuses = _float32_only(cpp_refuses), _float32_only(triton_refuses)
 
 
+def _cuda_refuses(table_at: int) -> Callable[..., str | None]:
+    """float32 and an index only; table_m6 and index_k are arguments number table_at and the next."""
+
+    def refuses(device: torch.device, *args: Any) -> str | None:
+        if (reason := _float32_only(cuda_refuses)(device, *args)) or not args:
+            return reason
+        table_m6, index_k = args[table_at : table_at + 2]
+        if index_k is None:
+            return "it takes the k entries of an index, not whole buffers"
+        entries = int((table_m6[:, 5] - table_m6[:, 4]).sum())
+        return None if entries == len(index_k) else f"{len(index_k) - entries} entries of the index lie in no segment"
+
+    return refuses
+
+
 _norms = Dispatch("gradient_norms", _reference_norms)
 
 
@@ -207,6 +224,19 @@ def _triton_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor | None) -> Ten
     from fastlora_triton import adamw_step as kernels
 
     return kernels.gradient_norms(grad, table_m6, index_k)
+
+
+@_norms.add("cuda", _cuda_refuses(1))
+def _cuda_norms(grad: Tensor, table_m6: Tensor, index_k: Tensor) -> Tensor:
+    ranges = tuple(map(tuple, table_m6[:, 4:].tolist()))
+    most_entries = max((end - begin for begin, end in ranges), default=0)
+    return torch.ops.fastlora_cuda.gradient_norms(grad, index_k, _on_device(ranges, grad.device), most_entries)
+
+
+@lru_cache(maxsize=8)
+def _on_device(ranges: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [M, 2], copied once: a step can then be captured as a graph."""
+    return torch.tensor(ranges, dtype=torch.int64, device=device).reshape(-1, 2)
 
 
 gradient_norms_op = _norms.torch_op()
@@ -269,6 +299,20 @@ def _triton_step(*args: Any) -> None:
     from fastlora_triton import adamw_step as kernels
 
     kernels.adamw_step(*args)
+
+
+@_step.add("cuda", _cuda_refuses(5))
+def _cuda_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    clip_coef: Tensor,
+    table_m6: Tensor,
+    index_k: Tensor,
+    *numbers: Any,
+) -> None:
+    torch.ops.fastlora_cuda.adamw_step(param, grad, exp_avg, exp_avg_sq, clip_coef, index_k, *numbers)
 
 
 adamw_step_op = _step.torch_op(mutates_args=("param", "exp_avg", "exp_avg_sq"))

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, triton_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, tma_refuses
 
 
 def _accumulation_dtype(hidden_td: Tensor) -> torch.dtype:
@@ -137,7 +137,7 @@ def _by_rows(
 
 def _triton_refuses(device: torch.device, *args: Any) -> str | None:
     """The kernels take the frozen head of a decoder, in rows that start on 16 bytes."""
-    if (reason := triton_refuses(device, *args)) or not args:
+    if (reason := tma_refuses(device, *args)) or not args:
         return reason
     hidden_td, weight_vd, bias_v = args[:3]
     if bias_v is not None:
@@ -257,7 +257,7 @@ def _backward_by_rows(
 
 def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
     if not args:
-        return triton_refuses(device)
+        return tma_refuses(device)
     _, _, hidden_td, weight_vd, bias_v, *_, need_dw, need_db = args
     if need_dw or need_db:
         return "it gives no gradient to the head"

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.nf4 import dense
-from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, triton_refuses
+from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, tma_refuses
 from fastlora_triton.group_layout import rank_columns
 
 
@@ -119,7 +119,7 @@ def joined(weights_nd: Sequence[Tensor]) -> Tensor | None:
 
 def _triton_refuses(device: torch.device, *args: Any) -> str | None:
     """Of the forward pass; the kernels count on rows that start on 16 bytes."""
-    if (reason := triton_refuses(device, *args)) or not args:
+    if (reason := tma_refuses(device, *args)) or not args:
         return reason
     x, weights_nd, _, a_rd, *_, absmaxes = args
     if absmaxes:
@@ -278,7 +278,7 @@ def _grouped_backward(
 
 def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
     if not args:
-        return triton_refuses(device)
+        return tma_refuses(device)
     _, x, h, weights_nd, a_rd, *_, ranks, _, _, _, absmaxes = args
     if reason := _triton_refuses(device, x, weights_nd, None, a_rd, absmaxes):
         return reason

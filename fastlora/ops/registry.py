@@ -2,7 +2,7 @@
 
 One file per op holds the formula, the schema, the torch reference, the fake (shapes only), the autograd formula, `cost()`,
 `sample_inputs()` and the public function. An op is a `torch.library` op whose body is a `Dispatch`: the reference first, faster
-implementations after it, each with a name (`torch`, `cpp`, `triton`, later `cuda`) and the reason, if any, why it cannot run here.
+implementations after it, each with a name (`torch`, `cpp`, `triton`, `cuda`) and the reason, if any, why it cannot run here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastlora import extension
 from fastlora.errors import FastloraError
 
 NAMESPACE = "fastlora"
-NAMES = ("reference", "torch", "cpp", "triton", "liger", "flex", "flash")
+NAMES = ("reference", "torch", "cpp", "triton", "cuda", "liger", "flex", "flash")
 """Implementations that can be asked for, besides `auto`."""
 TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 """A100; H100 and H200; B200: the rows of kernels/fastlora_triton/tiles.py, which this module cannot import where triton is missing."""
@@ -126,9 +126,35 @@ def triton_refuses(device: torch.device, *args: Any) -> str | None:
     if (capability := torch.cuda.get_device_capability(device)) not in TRITON_CAPABILITIES:
         made_for = ", ".join(f"{major}.{minor}" for major, minor in TRITON_CAPABILITIES)
         return f"it has tiles for compute capability {made_for}, this GPU has {capability[0]}.{capability[1]}"
+    return _refuses_float64(args)
+
+
+def cuda_refuses(device: torch.device, *args: Any) -> str | None:
+    """Why the CUDA kernels cannot run: no CUDA extension, no GPU or an old one, a dtype besides float32, bfloat16 and float16."""
+    if reason := extension.missing_cuda():
+        return reason
+    if device.type != "cuda":
+        return f"it runs on a GPU, the tensors are on {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it is compiled for compute capability 8.0 and above, this GPU has {capability[0]}.{capability[1]}"
+    return _refuses_float64(args)
+
+
+def _refuses_float64(args: Sequence[Any]) -> str | None:
+    """Of tensors among the arguments, lists searched too."""
     for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.dtype == torch.float64:
-            return "it takes float32, bfloat16 and float16, not torch.float64"
+        for x in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                return "it takes float32, bfloat16 and float16, not torch.float64"
+    return None
+
+
+def tma_refuses(device: torch.device, *args: Any) -> str | None:
+    """Why the Triton kernels that load through tensor descriptors cannot run: `triton_refuses`, and a GPU without a TMA."""
+    if reason := triton_refuses(device, *args):
+        return reason
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "it loads through the TMA, which this GPU (compute capability 8.0) does not have"
     return None
 
 
@@ -136,12 +162,13 @@ def triton_refuses(device: torch.device, *args: Any) -> str | None:
 def use_implementation(name: str) -> Iterator[None]:
     """Inside the block every op runs its best implementation (`auto`), or the one of this name where it has one.
 
-    Raises ValueError on an unknown name, and ImplementationError at once when the extension that `cpp` needs is not there.
+    Raises ValueError on an unknown name, and ImplementationError at once when the extension that `cpp` or `cuda` needs is not there.
     """
     if name not in ("auto", *NAMES):
         raise ValueError(f"implementation {name!r}: known are {', '.join(map(repr, ('auto', *NAMES)))}")
-    if name == "cpp" and (reason := extension.missing()):
-        raise ImplementationError(f"implementation 'cpp' was asked for but cannot run: {reason}")
+    missing = {"cpp": extension.missing, "cuda": extension.missing_cuda}.get(name, lambda: None)
+    if reason := missing():
+        raise ImplementationError(f"implementation '{name}' was asked for but cannot run: {reason}")
     global _forced
     before, _forced = _forced, name
     try:

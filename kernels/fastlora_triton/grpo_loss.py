@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-from triton import jit
 
 from fastlora_triton.launch import launch
 
@@ -49,7 +49,7 @@ class Surrogate(NamedTuple):
     use_bias_correction_kl: bool
 
 
-@jit
+@triton.jit
 def _surrogate(ratio, logp, advantage, epsilon, epsilon_high, delta, temperature_pos, temperature_neg, KIND: tl.constexpr):
     """(ℓ, ∂ℓ/∂logp) before importance ratio and KL."""
     if KIND == CISPO:
@@ -69,7 +69,7 @@ def _surrogate(ratio, logp, advantage, epsilon, epsilon_high, delta, temperature
         return -tl.minimum(free, held), -advantage * ratio * moves
 
 
-@jit
+@triton.jit
 def _kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
     """(KL, ∂KL/∂logp)."""
     d = ref_logp - logp
@@ -86,7 +86,7 @@ def _kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
         return tl.maximum(density, 0.0), tl.where(density >= 0, p + density, 0.0)
 
 
-@jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"])
 def grpo_loss_kernel(
     logp_ptr,  # [N, T], as all that is per token
     entropy_ptr,

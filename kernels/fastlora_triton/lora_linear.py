@@ -33,18 +33,31 @@ from fastlora_triton.group_layout import RANK_STEP, GroupLayout, group_layout
 from fastlora_triton.launch import launch
 from fastlora_triton.tiles import Tiles, tiles_for
 
-ROW_GROUP = 8
-"""Row tiles that run together: their x (or dy) and W tiles meet in L2."""
+
+def row_group(column_tiles: int, k: int) -> int:
+    """Row tiles that run together, so that their x (or dy) and W tiles meet in L2: of the orders in docs/bytes.md the best or nearly so.
+
+    For the 264 programs that an H100 runs at once: 1 where all columns of 16 rows run at once anyway; 32 where their rows of x (12 MB at
+    k = 1,536) stay in half of L2 while W passes; else 22, with 12 columns at once: near a square, which reads least.
+    """
+    if column_tiles <= 16:
+        return 1
+    return 32 if k <= 1536 else 22
 
 
 @triton.jit
 def tile_of_program(row_tiles, column_tiles, ROW_GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones."""
+    """(row tile, column tile) of this program: ROW_GROUP rows of tiles column by column, then the next ones, columns backwards.
+
+    Backwards, since the W tiles of the turn are still in L2.
+    """
     together = ROW_GROUP * column_tiles
-    first_row_tile = tl.program_id(0) // together * ROW_GROUP
+    group = tl.program_id(0) // together
+    first_row_tile = group * ROW_GROUP
     rows_here = min(row_tiles - first_row_tile, ROW_GROUP)
     within = tl.program_id(0) % together
-    return first_row_tile + within % rows_here, within // rows_here
+    column = within // rows_here
+    return first_row_tile + within % rows_here, tl.where(group % 2 == 1, column_tiles - 1 - column, column)
 
 
 @triton.jit
@@ -248,7 +261,7 @@ def expand_base(
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
         RANK_STEP=RANK_STEP,
-        ROW_GROUP=ROW_GROUP,
+        ROW_GROUP=row_group(column_tiles, d),
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -272,7 +285,7 @@ def expand_add(h_tp: Tensor, b_flat: Tensor, ys: Sequence[Tensor], layout: Group
         BLOCK_T=tiles.t,
         BLOCK_N=tiles.n,
         RANK_STEP=RANK_STEP,
-        ROW_GROUP=ROW_GROUP,
+        ROW_GROUP=row_group(column_tiles, h_tp.shape[1]),
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

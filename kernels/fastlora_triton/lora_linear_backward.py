@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlora_triton.group_layout import RANK_STEP, GroupLayout, WeightJobs, weight_jobs
 from fastlora_triton.launch import launch
-from fastlora_triton.lora_linear import ROW_GROUP, descriptor, layout_of, module_row, tile_of_program
+from fastlora_triton.lora_linear import descriptor, layout_of, module_row, row_group, tile_of_program
 from fastlora_triton.tiles import Tiles, programs_of_two_waves, tiles_for
 
 FINISH_BLOCK = 1024
@@ -131,10 +131,11 @@ def weight_gradient_kernel(
     r, c, t = tl.arange(0, BLOCK_R), c0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     wanted = (r < rows)[:, None] & (c < width)[None, :]
     at = out + r[:, None] * width + c[None, :]
-    if HAS_MASK:
+    if HAS_MASK:  # looked at once and not kept: an entry's own bit would cost 64 registers through the loop
         trains = tl.load(mask_ptr + at, mask=wanted & (side == 0), other=0)
-        wanted = wanted & ((trains != 0) | (side == 1))
-        end = tl.where((side == 1) | (tl.max(tl.max(trains.to(tl.int32), 1), 0) > 0), end, first)  # nothing trains here: no products
+        alive = (side == 1) | (tl.max(tl.max(trains.to(tl.int32), 1), 0) > 0)
+        end = tl.where(alive, end, first)  # nothing trains here: no products
+        wanted = wanted & alive
     rank_at = (p0 + r)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for s in tl.static_range(len(rank_sides)):
@@ -288,7 +289,7 @@ def input_gradient(
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
         RANK_STEP=RANK_STEP,
-        ROW_GROUP=ROW_GROUP,
+        ROW_GROUP=row_group(triton.cdiv(d, tiles.n), sum(dy.shape[1] for dy in dys)),
         PRECISION=tiles.precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -39,9 +39,10 @@ FMA = Tiles(t=64, n=64, k=32, r=32, shrink_t=64, v=64, warps=4, stages=2)
 
 TABLE: dict[int, dict[Operands, Tiles]] = {
     80: {
-        # mma.sync, operands by cp.async. 128 × 128 sums on 8 warps: 64 registers a thread. k 32 and 4 stages of 16 KB: two CTAs in 164 KB.
-        "half": Tiles(t=128, n=128, k=32, r=64, shrink_t=64, v=128, warps=8, stages=4),
-        "tf32": Tiles(t=128, n=64, k=32, r=64, shrink_t=64, v=64, warps=4, stages=3, precision="tf32"),
+        # mma.sync. Without a TMA a descriptor becomes pointers, computed in registers, of whose alignment nothing is known: 128 × 128 sums
+        # took 255 registers and spilled, loads are narrow. These compile without spills; lora_linear and linear_logprob refuse to run.
+        "half": Tiles(t=64, n=64, k=32, r=32, shrink_t=64, v=64, warps=4, stages=3),
+        "tf32": Tiles(t=64, n=64, k=32, r=32, shrink_t=64, v=64, warps=4, stages=2, precision="tf32"),
         "ieee": FMA,
     },
     90: {
@@ -55,8 +56,9 @@ TABLE: dict[int, dict[Operands, Tiles]] = {
         "ieee": FMA,
     },
     100: {
-        # Sums live in tensor memory (512 columns × 128 lanes), not in registers; as much shared memory as Hopper has: its shapes fit.
-        "half": Tiles(t=128, n=128, k=64, r=64, shrink_t=128, v=256, warps=8, stages=3),
+        # Sums live in tensor memory (512 columns × 128 lanes), not in registers; as much shared memory as Hopper has: its shapes fit. But
+        # logits come back to registers for the softmax, beside what reads them: 256 columns spilled 352 bytes.
+        "half": Tiles(t=128, n=128, k=64, r=64, shrink_t=128, v=128, warps=8, stages=3),
         "tf32": Tiles(t=128, n=64, k=32, r=64, shrink_t=128, v=64, warps=4, stages=3, precision="tf32"),
         "ieee": FMA,
     },
@@ -73,7 +75,12 @@ def tiles_for(x: Tensor) -> Tiles:
     return TABLE[capability_of(x.device)][operands]
 
 
+def multiprocessors(device: torch.device) -> int:
+    """SMs that a launch is laid out for."""
+    return SMS[capability_of(device)]
+
+
 def programs_of_two_waves(device: torch.device) -> int:
-    """Work is split over tokens or the vocabulary until there are so many programs: two for every SM. A split writes its float32 sums once
-    and they are read once, so that more than needed cost bytes."""
-    return 2 * SMS[capability_of(device)]
+    """Work is split over tokens until there are so many programs: two for every SM. A split writes its float32 sums once and they are read
+    once, so that more than needed cost bytes."""
+    return 2 * multiprocessors(device)

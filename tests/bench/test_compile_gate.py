@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton")
 
 import triton
 
-from bench import compile_gate
+from bench import compile_gate, cuda_gate
 from bench.compile_gate import Variant, broken_limits
 from bench.cubin import Machine
 
@@ -27,7 +27,7 @@ def test_every_kernel_keeps_the_limits(capsys: pytest.CaptureFixture[str], monke
     assert compile_gate.main(["--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["failures"] == [] and found["max_stack_bytes"] == 0 and found["matrix_kernels_without_hgmma"] == 0
-    assert found["kernels"] == len(compile_gate.MATRIX_KERNELS) + 7 and found["max_shared_bytes"] <= 232448
+    assert found["kernels"] == len(compile_gate.MATRIX_KERNELS) + 8 + len(cuda_gate.KERNELS) and found["max_shared_bytes"] <= 232448
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,26 @@ def test_a_kernel_without_a_baseline_is_a_failure(tmp_path: Path, monkeypatch: p
     assert broken_limits([Variant("new_kernel", "bf16", "a case", GOOD)], 90) == [
         "new_kernel bf16 (a case): not in the baseline: --write-baseline"
     ]
+
+
+def test_without_nvcc_the_gate_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
+    (tmp_path / "baseline.json").write_text(json.dumps({"shrink_kernel bf16": 128}))
+    monkeypatch.setattr(compile_gate, "compile_all", lambda *_: [Variant("shrink_kernel", "bf16", "a case", GOOD)])
+    monkeypatch.setattr(cuda_gate, "find_nvcc", lambda: None)
+    assert compile_gate.main(["--json"]) == 1
+    shown = capsys.readouterr()
+    (failure,) = json.loads(shown.out.splitlines()[-1])["failures"]
+    assert "nvcc was not found" in failure and "--no-cuda" in failure and failure in shown.err
+    assert compile_gate.main(["--no-cuda"]) == 0
+
+
+def test_nvccs_kernels_must_load_16_bytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
+    (tmp_path / "baseline.json").write_text(json.dumps({"sparse_db_kernel bf16": 64}))
+    narrow = Variant("sparse_db_kernel", "bf16", "a file", Machine(64, 0, 30728, 8, Counter({"LDG.E": 9})))
+    assert broken_limits([narrow], 90) == ["sparse_db_kernel bf16 (a file): no TMA and no 16-byte load"]
+    assert broken_limits([replace(narrow, machine=replace(narrow.machine, instructions=Counter({"LDG.E.128": 1})))], 90) == []
 
 
 @pytest.mark.parametrize(

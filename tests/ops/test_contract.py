@@ -24,7 +24,7 @@ from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
-FLOAT32_STATE = ("adamw_step", "gradient_norms", "grpo_loss")
+FLOAT32_STATE = ("adamw_step", "export_adapter", "gradient_norms", "grpo_loss")
 """Ops on flat buffers and log-probabilities: never given bfloat16."""
 IN_FLOAT64 = ("reference", "torch")
 """Implementations that take float64, which is for proofs."""
@@ -103,7 +103,9 @@ def _is_on(variant: Variant, device: torch.device) -> None:
     if variant.implementation == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernels run on the CPU")
     if variant.implementation not in ON_A_CPU:
-        pytest.skip("for a GPU: tests/gpu runs it on one, with inputs that it takes; tests/ops/test_triton_*.py compiled, on the CPU")
+        pytest.skip(
+            "for a GPU: tests/gpu runs it on one, with inputs that it takes; tests/ops/test_triton_*.py and tests/cuda_cpu run its kernels on the CPU"
+        )
 
 
 def test_every_op_of_the_package_is_found() -> None:
@@ -241,11 +243,19 @@ FOR_A_GPU = [(spec, name) for spec in SPECS for name in dispatchers[spec.name].i
 
 
 @pytest.mark.parametrize(("spec", "name"), FOR_A_GPU, ids=[_id(spec.name, name) for spec, name in FOR_A_GPU])
-def test_what_is_for_a_gpu_is_refused_on_a_cpu_by_name(spec: OpSpec, name: str) -> None:
+def test_what_is_for_a_gpu_is_refused_on_a_cpu_by_name(spec: OpSpec, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the CUDA extension was built here."""
+    monkeypatch.setattr(extension, "missing_cuda", lambda: None)
     arguments = list(spec.sample_inputs(torch.float32, CPU))[-1]
     message = rf"^{spec.name}: implementation '{name}' .* (runs on a GPU|is not installed)"
     with use_implementation(name), pytest.raises(ImplementationError, match=message):
         _run(spec, _clone(arguments))
+
+
+def test_without_the_cuda_extension_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "missing_cuda", lambda: "it was left on a train")
+    with pytest.raises(ImplementationError, match=r"^implementation 'cuda' .* it was left on a train"), use_implementation("cuda"):
+        pass
 
 
 WITHOUT = [(spec, name) for spec in SPECS for name in ("torch", "cpp") if name not in dispatchers[spec.name].implementations]

@@ -71,8 +71,8 @@ BUGS: list[tuple[ModuleType, ModuleType, Callable[[], None], str, str]] = [
         lora_linear_backward,
         test_triton_lora_linear,
         lora,
-        "wanted = wanted & ((trains != 0) | (side == 1))",
-        "wanted = wanted & (side == 1)",
+        "tl.load(mask_ptr + i, mask=there & in_b, other=1) != 0",
+        "tl.load(mask_ptr + i, mask=there & in_b, other=1) >= 0",
     ),
     (linear_logprob, test_triton_linear_logprob, logprob, "(v0 + v < V)[None, :], z * inverse_temperature", "(v0 + v < V)[None, :], z"),
     (

@@ -58,3 +58,24 @@ def chosen_kernel(inputs, y_ptr, which, n, BLOCK: tl.constexpr):
     for k in tl.static_range(len(inputs)):
         if which == k:
             tl.store(y_ptr + i, tl.load(inputs[k] + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def through_table_kernel(table_ptr, scale_ptr, x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """A table says which part of x a program copies and how often; the scale changes values, not addresses."""
+    first, times = tl.load(table_ptr + 2 * tl.program_id(0)), tl.load(table_ptr + 2 * tl.program_id(0) + 1)
+    i = tl.arange(0, BLOCK)
+    from_ptr = x_ptr + first
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(times):
+        total += tl.load(from_ptr + i, mask=i < n, other=0.0)
+        from_ptr += BLOCK
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + i, total * tl.load(scale_ptr))
+
+
+@triton.jit
+def column_major_kernel(x_ptr, y_ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x [ROWS, COLUMNS] with rows `stride` apart, transposed: the tile's elements come column by column."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x_cr = tl.load(x_ptr + row[None, :] * stride + column[:, None])
+    tl.store(y_ptr + column[:, None] * ROWS + row[None, :], x_cr)
