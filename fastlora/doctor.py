@@ -49,6 +49,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "library on a GPU": {"liger": "Liger", "flex": "flex_attention", "flash": "FlashAttention"},
 }
 """Heading of the matrix -> implementation -> what to call it there."""
+LIBRARIES = ("liger", "flex", "flash")
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -161,7 +162,8 @@ def _built(library: Path) -> str:
 
 def tables(found: Diagnosis) -> Iterator[Table]:
     """The diagnosis to read."""
-    ops = Table("op", *NAMES, "auto runs", title=f"Ops on this machine ({found.device})", title_justify="left")
+    own = [name for name in NAMES if name not in LIBRARIES]
+    ops = Table("op", *own, "library", "auto runs", title=f"Ops on this machine ({found.device})", title_justify="left")
     reasons: list[str] = []
     for op, implementations in found.ops.items():
         cells = []
@@ -170,7 +172,9 @@ def tables(found: Diagnosis) -> Iterator[Table]:
             if reason and reason not in reasons:
                 reasons.append(reason)
             cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})" if reason else "–")
-        ops.add_row(op, *cells, found.selected[op])
+        of_name = dict(zip(NAMES, cells, strict=True))
+        libraries = [f"{name} {of_name[name]}" for name in LIBRARIES if name in implementations]
+        ops.add_row(op, *(of_name[name] for name in own), "\n".join(libraries) or "–", found.selected[op])
     ops.caption = "\n".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1)) or None
     yield ops
     yield _pairs("C++ extension", found.extension)

@@ -24,7 +24,7 @@ RUN_ON_A_CPU = ("reference", "torch", "cpp")
 TESTED, COMPILED, NOT_RUN = "tested", "compiled, not run on a GPU", "not run on a GPU"
 
 _KERNELS = {
-    "triton": ("kernels/fastlora_triton", (".py",), re.compile(r"^@triton\.jit.*?^def (\w+_kernel)\(", re.MULTILINE | re.DOTALL)),
+    "triton": ("kernels/fastlora_triton", (".py",), re.compile(r"^@(?:triton\.)?jit\b.*?^def (\w+_kernel)\(", re.MULTILINE | re.DOTALL)),
     "cuda": ("csrc/cuda", (".cu", ".cuh"), re.compile(r"__global__[^;{]*?\b(\w+_kernel)\s*\(")),
 }
 """Implementation -> (folder of its files, their suffixes, what a kernel looks like)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fastlora.config import OptimConfig
+from fastlora.lora.packed import join_weights
 from fastlora.ops.lora_linear import joined
 from fastlora.ops.registry import Implementation, OpSpec, dispatchers, use_implementation
 from fastlora.optim import AdamW
 from fastlora.policy import loss_on
-from tests.gpu import sanitized, test_autograd, test_numerics
+from tests.gpu import sanitized, test_autograd, test_numerics, test_training_step
 from tests.gpu.cases import GROUP_CASES, PRECISIONS, Arguments, gpu_implementations, inputs, precisions
 from tests.gpu.training_step import LEARNING_RATE, TrainingStep, loss_of, policy_model
 from tests.ops.implementations import op_specs, relative_error
@@ -101,6 +104,41 @@ def test_the_tests_of_numerics_see_a_wrong_kernel(op: str, monkeypatch: pytest.M
     for check in checks:
         with pytest.raises(AssertionError, match="against fp64"):
             check()
+
+
+@contextmanager
+def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, every op that has Triton kernels takes them, compiled for a GPU and run here."""
+    pytest.importorskip("triton", reason="Triton kernels need triton")
+    from bench.triton_cpu.launch import Watch, on_cpu
+
+    for dispatch in dispatchers.values():
+        implementations = dispatch.implementations
+        if "triton" in implementations:
+            here = Implementation("triton", implementations["triton"].run, lambda device, *args: None)
+            monkeypatch.setitem(implementations, "triton", here)
+    with on_cpu(Watch(order_seed=3)), use_implementation("triton"):
+        yield
+
+
+@pytest.mark.parametrize("op", AUTOGRAD)
+def test_gradients_through_triton_kernels_compiled_and_run_on_the_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's own test of autograd and joined weights, with bench/triton_cpu in the place of the card: ops, public functions and
+    launchers fit together, and the error in bf16 is torch's own times 1.1."""
+    monkeypatch.setattr(test_autograd, "GPU", CPU)
+    build, run, formula = (getattr(test_autograd, name) for name in AUTOGRAD[op])
+    with triton_on_the_cpu(monkeypatch):
+        test_autograd.test_outputs_and_gradients(op, build, run, formula, PRECISIONS[0])
+
+
+@pytest.mark.slow  # half a minute of g++ on an empty cache, two seconds afterwards
+def test_the_step_through_triton_kernels_is_that_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's own comparison of a GRPO step, likewise; weights are joined as `attach` joins them on a GPU."""
+    step = TrainingStep(CPU, torch.float32)
+    for group in step.adapter.groups:
+        join_weights(group.layers)
+    with triton_on_the_cpu(monkeypatch):
+        test_training_step.assert_is_that_of_the_cpu(step)
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
