@@ -120,9 +120,7 @@ def quick_cases() -> Iterator[Callable[[], list[Row]]]:
     yield lambda: head_rows(SMALLEST, forward_only=True)
 
 
-def lora_rows(
-    model: str, group: str, ranks: str, sides: Sequence[str] = ("fastlora", "PEFT bf16", "PEFT"), warm: bool = True
-) -> list[Row]:
+def lora_rows(model: str, group: str, ranks: str, sides: Sequence[str] = ("fastlora", "PEFT bf16", "PEFT"), warm: bool = True) -> list[Row]:
     """Forward and backward of a group on every side."""
     d, outs = MODELS[model].groups()[group]
     members = RANKS[ranks][: len(outs)]

@@ -113,5 +113,7 @@ def _weight_gradient(dy_tn: Tensor, x_td: Tensor) -> Tensor:
     narrow, wide = sorted((dy_tn, x_td), key=lambda side: side.shape[1])
     dw_nd = dy_tn.new_empty(dy_tn.shape[1], x_td.shape[1])
     outs, ranks = (wide.shape[1],), (narrow.shape[1],)
-    lora_linear.weight_gradients((wide,), wide, narrow, narrow, None, dw_nd.view(-1), dw_nd.new_empty(0), outs, ranks, (1.0,), tiles_for(wide))
+    lora_linear.weight_gradients(
+        (wide,), wide, narrow, narrow, None, dw_nd.view(-1), dw_nd.new_empty(0), outs, ranks, (1.0,), tiles_for(wide)
+    )
     return dw_nd

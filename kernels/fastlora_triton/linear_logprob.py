@@ -31,8 +31,8 @@ OUTSIDE = tl.constexpr(-1e30)
 
 @triton.jit
 def _logits(h_desc, w_desc, t0, v0, d, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """h Wᵀ [BLOCK_T, BLOCK_V] from row t0 and vocabulary entry v0, before the temperature. Every other tile of the vocabulary goes through d
-    backwards: the end of h is still in L2, of which all rows' h alone (25 MB for 8,192 tokens of 1,536) may be as much as there is."""
+    """h Wᵀ [BLOCK_T, BLOCK_V] from row t0 and vocabulary entry v0, before the temperature. Every other tile of the vocabulary goes through
+    d backwards: the end of h is still in L2, of which all rows' h (25 MB for 8,192 tokens of 1,536) may be as much as there is."""
     z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     back = v0 // BLOCK_V % 2 == 1
     last = (tl.cdiv(d, BLOCK_K) - 1) * BLOCK_K
@@ -141,8 +141,8 @@ def forward(h_td: Tensor, w_vd: Tensor, target_t: Tensor, temperature: float) ->
 
 
 def _parts(row_tiles: int, vocabulary_tiles: int) -> int:
-    """Into how many parts the vocabulary is split: whatever ends soonest, of those the fewest. 64 row tiles take 2 parts: 128 programs, all at
-    once on 132 SMs (one fits an SM), so that W is read once."""
+    """Into how many parts the vocabulary is split: whatever ends soonest, of those the fewest. 64 row tiles take 2 parts: 128 programs, all
+    at once on 132 SMs (one fits an SM), so that W is read once."""
     most = min(triton.cdiv(2 * SMS, row_tiles), vocabulary_tiles)
     return min(range(1, most + 1), key=lambda parts: triton.cdiv(row_tiles * parts, SMS) / parts)
 

@@ -28,16 +28,21 @@ def quick() -> list[Floor]:
     return floors([row for case in counted.quick_cases() for row in case()], ORDERS)
 
 
-@pytest.mark.parametrize("key", ["lora_over_compulsory", "lora_over_peft", "logprob_over_compulsory"])
-@pytest.mark.parametrize("size", ["25", "50"])
-def test_the_kernels_of_this_commit_hold_the_floors(key: str, size: str, quick: list[Floor]) -> None:
-    (floor,) = [floor for floor in quick if floor.key == f"{key}_{size}"]
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("lora_over_compulsory_25", "lora_over_compulsory_50", "lora_over_peft_25", "lora_over_peft_50"),
+        "logprob_over_compulsory_50",  # at 25 MB h alone is more than the cache: not a floor
+    ],
+)
+def test_the_kernels_of_this_commit_hold_the_floors(key: str, quick: list[Floor]) -> None:
+    (floor,) = [floor for floor in quick if floor.key == key]
     assert floor.met, floor.sentence()
 
 
 def test_the_committed_rows_hold_the_floors() -> None:
     found = floors(ROWS, ORDERS)
-    assert len(found) == 8
+    assert len(found) == 7
     assert not [floor.sentence() for floor in found if not floor.met]
 
 

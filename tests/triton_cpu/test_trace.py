@@ -17,7 +17,7 @@ from bench.l2 import Memory
 from bench.triton_cpu.launch import LaunchError, on_cpu
 from bench.triton_cpu.trace import needed_values
 from fastlora_triton import lora_linear
-from fastlora_triton.launch import launch, use_launcher
+from fastlora_triton.launch import use_launcher
 from tests.triton_cpu import kernels
 
 LOAD, STORE = 1, 2
