@@ -64,7 +64,7 @@ def page(rows: Sequence[Row], orders: Sequence[Row]) -> str:
         f"## Launches of {SMALLEST}, rank 32\n",
         markdown(LAUNCH_HEADINGS, launch_lines(rows)),
         "## Orders of programs\n",
-        "Bytes from memory (MB; 25 | 50 MB of L2) in order g: g rows of tiles together, column by column; 1 is row by row; back: every other "
+        "Bytes from memory (MB; 25 | 50 MB of L2) in order g: g rows of tiles together, column by column; 1: row by row; back: every other "
         "group goes through its columns backwards. Launches within 2 % of their compulsory bytes have nothing to gain and are left out.\n",
         markdown(*order_table(orders)),
     ]
