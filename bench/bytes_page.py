@@ -50,11 +50,11 @@ def page(rows: Sequence[Row], orders: Sequence[Row]) -> str:
     assert l2.__doc__ is not None
     model = "\n".join(f"> {line}".rstrip() for line in l2.__doc__.split("\n\n", 2)[2].strip().splitlines())
     found = floors(rows, orders)
-    limits = [(floor.what, f"{floor.value:.3f}", floor.worst, f"≤ {floor.limit}", "met" if floor.met else "**missed**") for floor in found]
+    limits = [(floor.what, f"{floor.value:.3f}", floor.worst, floor.verdict) for floor in found]
     parts = [
         f"{INTRODUCTION}{model}\n",
         "## Floors\n",
-        markdown(("what", "worst ratio", "case", "floor", ""), limits),
+        markdown(("what", "worst ratio", "case", "floor"), limits),
         "## LoRA groups\n",
         "![Bytes from memory of every group](bytes.svg)\n",
         *(f"### {model_name}\n\n{markdown(GROUP_HEADINGS, group_lines(rows, model_name))}" for model_name in models(rows)),
