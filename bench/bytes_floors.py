@@ -11,6 +11,9 @@ SMALLEST = "Qwen2.5-1.5B"
 GROUPS = ("qkv", "o", "gate_up", "down")
 SIZES = ("25", "50")
 """MB of L2 cache."""
+ONLY_AT = {"lora_over_best_order": "25", "logprob_over_compulsory": "50"}
+"""Where a ratio is held at one size and shown at the other. Orders are chosen for 25 MB. In 25 MB the log-prob's h (8,192 × 1,536: 25.2 MB)
+cannot stay while W passes."""
 Case = tuple[str, str]
 """(model, case): `("Qwen2.5-1.5B", "qkv r 32")`."""
 
@@ -22,18 +25,24 @@ class Floor:
     key: str
     what: str
     value: float
-    limit: float
+    limit: float | None
+    """None: only shown."""
     worst: str
     """Its case."""
 
     @property
     def met(self) -> bool:
-        """Within the limit."""
-        return self.value <= self.limit
+        """Within the limit, if there is one."""
+        return self.limit is None or self.value <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        """`≤ 1.25, met`."""
+        return "shown" if self.limit is None else f"≤ {self.limit}, {'met' if self.met else 'MISSED'}"
 
     def sentence(self) -> str:
         """For people."""
-        return f"{self.what}: {self.value:.3f} ({self.worst}), limit {self.limit}{'' if self.met else ': MISSED'}"
+        return f"{self.what}: {self.value:.3f} ({self.worst}), {self.verdict}"
 
 
 def floors(rows: Sequence[Row], orders: Sequence[Row]) -> list[Floor]:
@@ -52,12 +61,11 @@ def floors(rows: Sequence[Row], orders: Sequence[Row]) -> list[Floor]:
             ("lora_over_peft", "both passes over PEFT's", ours, sums(groups, "PEFT", f"dram_{size}"), 0.5),
             ("logprob_over_compulsory", f"{SMALLEST}, log-prob forward over compulsory", head, sums(heads, "fastlora", "compulsory"), 1.1),
         ):
-            if key == "logprob_over_compulsory" and size == "25":
-                continue  # h alone (8,192 × 1,536) is 25.2 MB: W once and h once need more; docs/bytes.md shows the number
             ratios = {case: bytes_ / denominator[case] for case, bytes_ in numerator.items() if case in denominator}
             if ratios:
                 worst = max(ratios, key=ratios.__getitem__)
-                found.append(Floor(f"{key}_{size}", f"L2 of {size} MB, {what}", ratios[worst], limit, " ".join(worst)))
+                held = limit if ONLY_AT.get(key, size) == size else None
+                found.append(Floor(f"{key}_{size}", f"L2 of {size} MB, {what}", ratios[worst], held, " ".join(worst)))
     return found
 
 

@@ -9,9 +9,9 @@ a slot that ends takes the next program. Their accesses go through a cache of li
 first. H100's 50 MB are two partitions, and a line may stand in both: 25 MB is the cautious number, 50 MB the hopeful one. The third size
 has no end: what it moves is compulsory, every byte of a tensor that the launch touches once.
 
-Simplified: the cache is fully associative; a store fetches nothing and its sectors are dirty whole; dirty lines are written when they leave
-and at the end of a launch; every launch begins with an empty cache; L1 hits, TMA multicast, page tables and instructions move nothing; warps
-of one CTA that ask for the same sector ask once; programs never drift apart. Tensors stand in memory of their own, each on a page.
+Simplified: the cache is fully associative; a store fetches nothing and its sectors are dirty whole; dirty lines are written when they
+leave and at the end of a launch; every launch begins with an empty cache; L1, TMA multicast, page tables and instructions move nothing;
+warps of one CTA that ask for the same sector ask once; programs never drift apart. Tensors stand in memory of their own, each on a page.
 
 A model, not run on a GPU.
 """

@@ -28,10 +28,15 @@ def quick() -> list[Floor]:
     return floors([row for case in counted.quick_cases() for row in case()], ORDERS)
 
 
-@pytest.mark.parametrize("key", ["lora_over_compulsory", "lora_over_peft", "logprob_over_compulsory"])
-@pytest.mark.parametrize("size", ["25", "50"])
-def test_the_kernels_of_this_commit_hold_the_floors(key: str, size: str, quick: list[Floor]) -> None:
-    (floor,) = [floor for floor in quick if floor.key == f"{key}_{size}"]
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("lora_over_compulsory_25", "lora_over_compulsory_50", "lora_over_peft_25", "lora_over_peft_50"),
+        "logprob_over_compulsory_50",  # at 25 MB h alone is more than the cache: not a floor
+    ],
+)
+def test_the_kernels_of_this_commit_hold_the_floors(key: str, quick: list[Floor]) -> None:
+    (floor,) = [floor for floor in quick if floor.key == key]
     assert floor.met, floor.sentence()
 
 
@@ -50,7 +55,7 @@ def test_a_floor_that_is_missed_says_so() -> None:
     launch = {"dram_25": 126, "dram_50": 125, "compulsory": 100}
     rows = [{"model": "Qwen2.5-1.5B", "case": "o r 32", "part": "forward", "side": "fastlora", "launches": [launch]}]
     missed, met = floors(rows, [])
-    assert not missed.met and missed.sentence().endswith("1.260 (Qwen2.5-1.5B o r 32), limit 1.25: MISSED")
+    assert not missed.met and missed.sentence().endswith("1.260 (Qwen2.5-1.5B o r 32), ≤ 1.25, MISSED")
     assert met.met and met.value == 1.25
 
 
