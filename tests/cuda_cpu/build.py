@@ -48,7 +48,7 @@ def run_under(
     sanitizer: str | None, harness: str, edits: tuple[Edit, ...] = (), arguments: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """The harness's `main`, as a program of its own; it ends with what a sanitizer finds first."""
-    program = _compile(harness, SANITIZERS[sanitizer] if sanitizer else ("-O1",), edits)
+    program = _compile(harness, SANITIZERS[sanitizer] if sanitizer else ("-O0",), edits)
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120)
 
