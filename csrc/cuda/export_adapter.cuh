@@ -3,8 +3,8 @@
 //     out_a[m] [r', d_m] = A_m, then zeros            out_b[m] [n_m, r'] = (s_m B_mᵀ)ᵀ, then zeros
 //
 // Tiling: a block moves one tile of kTileRanks ranks × kTileColumns columns of a table (kernels/fastlora_triton/export_layout.py). It
-// reads rows of 512 bytes, 16 bytes a thread. A's tile is written as it comes. B's goes through shared memory: a thread reads 8 ranks of one
-// column there and writes them as 16 bytes (32 in float32), four threads a column, so that with r' = 32 a warp writes 512 bytes in one piece.
+// reads rows of 512 bytes, 16 bytes a thread. A's tile is written as it comes. B's goes through shared memory: a thread reads 8 ranks of
+// one column there and writes them as 16 bytes (32 in float32), four threads a column: with r' = 32 a warp writes 512 bytes in one piece.
 // No bank conflicts: 16 bytes number v of row r lie at v ^ 2 (r / 8): the 8 columns × 4 ranks that a warp reads at once lie in 32 banks.
 // Where offsets, widths or r' are no multiples of the pack, elements move one by one.
 //

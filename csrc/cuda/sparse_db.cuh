@@ -12,8 +12,8 @@
 // Eight lanes that store one token of eight packs, and eight that read 16 bytes of eight neighbouring columns, hit different banks. (An
 // exclusive or of the address does the same, but keeps 64 addresses in registers: 152 bytes of spills.)
 //
-// Tokens are split, in multiples of kTokens, until there are kBlocks blocks, but not into more than ⌈t / kTokensOfASplit⌉. The last block of
-// a tile adds the splits up in their order, so that the bits repeat. A sum is made of sums of kTokens products: error √(t/32), not √t.
+// Tokens are split, in multiples of kTokens, until there are kBlocks blocks, but not into more than ⌈t / kTokensOfASplit⌉. The last block
+// of a tile adds the splits up in their order, so that the bits repeat. A sum is made of sums of kTokens products: error √(t/32), not √t.
 //
 // Bytes: t Σ_m (n_m ⌈r_m / kRanks⌉ + r_m ⌈n_m / kColumns⌉) elements at most, of which H (t Σ r_m) stays in L2; k indices, 2 · 4 k · splits
 // for the partial sums, 4 k written, 32 k for the accumulators. FLOPs: 2 t k. Qwen2.5-1.5B's down_proj (n 1536, r 32), t 8192, bf16: 25 MB
