@@ -297,8 +297,8 @@ def page(header: Sequence[str], rows: Sequence[Sequence[str]], capability: int, 
     lines = [
         "# GPU kernels, as compiled",
         "",
-        f"By `python -m bench.compile_gate --docs docs/{path.name}`: triton {triton.__version__} and {cuda_gate.version()} (cases "
-        f"`csrc/cuda`), sm_{capability}, from the machine code. "
+        f"By `python -m bench.compile_gate --docs docs/{path.name}`: triton {triton.__version__} for sm_{capability} and "
+        f"{cuda_gate.version()} for {cuda_gate.ARCHITECTURES[capability]} (the kernels of `csrc/cuda`), from the machine code. "
         "Registers and stack are of a thread, shared memory (bytes) of a CTA. **Not run on a GPU.**",
         "",
         f"| {' | '.join(header)} |",

@@ -1,4 +1,4 @@
-// Bindings of adamw_step.cuh; the ops are in fastlora/ops/adamw_step.py. Positions in the index are not checked: that would take a copy back.
+// Bindings of adamw_step.cuh; the ops are in fastlora/ops/adamw_step.py. Positions of the index are not checked: it lies on the GPU.
 #include "cuda/adamw_step.cuh"
 
 #include "cuda/binding.h"

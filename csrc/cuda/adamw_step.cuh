@@ -8,7 +8,8 @@
 // double, where the square of a float is exact and neither overflows nor vanishes.
 //
 // Bytes of a step: 32 an entry (param, grad, m, v and index read, param, m, v written): 95 µs for 10 M entries at 3.35 TB/s, where
-// they are neighbours; an entry that stands alone moves sectors of 32 bytes of param and grad: 116 bytes. FLOPs: 15. A norm: 8 bytes, 2 FLOPs.
+// they are neighbours; an entry that stands alone moves sectors of 32 bytes of param and grad: 116 bytes. FLOPs: 15. A norm: 8 bytes and
+// 2 FLOPs an entry.
 //
 // Not run on a GPU: compiled for sm_80, sm_90a and sm_100 and run on a CPU (tests/cuda_cpu).
 #pragma once

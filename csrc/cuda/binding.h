@@ -39,7 +39,7 @@ inline void check_launch(const char* op) {
 }
 
 inline void check(const char* op, const char* name, const Tensor& x, ScalarType type) {
-  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.is_cuda(), op, ": ", name, " must be a contiguous CUDA tensor of dtype ",
+  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.is_cuda(), op, ": ", name, " must be a contiguous CUDA tensor of ",
                   torch::headeronly::toString(type));
 }
 

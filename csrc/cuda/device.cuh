@@ -1,5 +1,5 @@
-// What the kernels share: element types, 16-byte packs, shared memory, launches. nvcc compiles this for a GPU; g++ compiles the same kernels
-// for a CPU with tests/cuda_cpu/emulation.h. No torch headers here: bindings (*.cu) have them.
+// What the kernels share: element types, 16-byte packs, shared memory, launches. nvcc compiles this for a GPU; g++ compiles the same
+// kernels for a CPU with tests/cuda_cpu/emulation.h. No torch headers here: bindings (*.cu) have them.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -2,14 +2,14 @@
 //
 //     out_a[m] [r', d_m] = A_m, then zeros            out_b[m] [n_m, r'] = (s_m B_mᵀ)ᵀ, then zeros
 //
-// Tiling: a block moves one tile of kTileRanks ranks × kTileColumns columns of a table (kernels/fastlora_triton/export_layout.py). It reads
-// rows of 512 bytes, 16 bytes a thread. A's tile is written as it comes. B's goes through shared memory: a thread reads 8 ranks of one column
-// there and writes them as 16 bytes (32 in float32), four threads a column, so that with r' = 32 a warp writes 512 bytes in one piece.
+// Tiling: a block moves one tile of kTileRanks ranks × kTileColumns columns of a table (kernels/fastlora_triton/export_layout.py). It
+// reads rows of 512 bytes, 16 bytes a thread. A's tile is written as it comes. B's goes through shared memory: a thread reads 8 ranks of
+// one column there and writes them as 16 bytes (32 in float32), four threads a column: with r' = 32 a warp writes 512 bytes in one piece.
 // No bank conflicts: 16 bytes number v of row r lie at v ^ 2 (r / 8): the 8 columns × 4 ranks that a warp reads at once lie in 32 banks.
 // Where offsets, widths or r' are no multiples of the pack, elements move one by one.
 //
-// Bytes: 4 Σ r_m (d_m + n_m) read, Σ r' (d_m + n_m) elements written, each once; 64 of the table a tile of 16 KB. FLOPs: a product an entry of B.
-// Qwen2.5-1.5B at r 32, bfloat16: 221 MB, 66 µs at 3.35 TB/s.
+// Bytes: 4 Σ r_m (d_m + n_m) read, Σ r' (d_m + n_m) elements written, each once; 64 of the table a tile of 16 KB. FLOPs: a product for
+// each entry of B. Qwen2.5-1.5B at r 32, bfloat16: 221 MB, 66 µs at 3.35 TB/s.
 //
 // Not run on a GPU: compiled for sm_80, sm_90a and sm_100 and run on a CPU (tests/cuda_cpu).
 #pragma once
@@ -105,7 +105,8 @@ __device__ inline void load_b(const ExportAdapter& p, const ExportTile& tile, fl
   }
 }
 
-template <class T> __device__ inline void store_b(const ExportAdapter& p, const ExportTile& tile, int rows, int columns, const ExportShared& shared) {
+template <class T>
+__device__ inline void store_b(const ExportAdapter& p, const ExportTile& tile, int rows, int columns, const ExportShared& shared) {
   T* out = static_cast<T*>(p.out_b) + tile.target;
   const bool wide = tile.out_rank % kEight == 0 && aligned(out);
   constexpr int kOfAColumn = kTileRanks / kEight;

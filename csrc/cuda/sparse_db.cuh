@@ -4,20 +4,20 @@
 //
 // Tiling. A block has kColumns columns of one dY_m and kRanks ranks of that module, for a range of tokens; its entries are at most kRanks
 // runs of the index, one a rank, found by binary search. It walks its tokens kTokens at a time: the tile of dY and that of H go to shared
-// memory in float32, transposed, and every entry takes a dot product of two rows of kTokens there, 16 bytes of each at a time. So dY is read
-// from memory once for a rank chunk, in rows of 128 bytes, whatever the number of entries (up to kEntries in a tile; more read it again:
-// 8 a column, a density that the dense product of lora_linear serves better). A tile without entries reads nothing at all.
+// memory in float32, transposed, and every entry takes a dot product of two rows of kTokens there, 16 bytes of each at a time. So dY is
+// read from memory once for a rank chunk, in rows of 128 bytes, whatever the number of entries (up to kEntries in a tile; more read it
+// again: 8 a column, a density that the dense product of lora_linear serves better). A tile without entries reads nothing at all.
 //
-// Transposing costs no bank conflicts: column c is row 17 (c % 8) + c / 8 of the tile, and rows are 4 floats longer than their tokens. Eight
-// lanes that store one token of eight packs, and eight that read 16 bytes of eight neighbouring columns, hit different banks. (An exclusive
-// or of the address does the same, but keeps 64 addresses in registers: 152 bytes of spills.)
+// Transposing costs no bank conflicts: column c is row 17 (c % 8) + c / 8 of the tile, and rows are 4 floats longer than their tokens.
+// Eight lanes that store one token of eight packs, and eight that read 16 bytes of eight neighbouring columns, hit different banks. (An
+// exclusive or of the address does the same, but keeps 64 addresses in registers: 152 bytes of spills.)
 //
-// Tokens are split until there are kBlocks blocks, in multiples of kTokens, at least kTokensOfASplit each. The last block of a tile adds the
-// splits up in their order, so that the bits repeat. A sum is made of sums of kTokens products: error √(t/32), not √t.
+// Tokens are split, in multiples of kTokens, until there are kBlocks blocks, but not into more than ⌈t / kTokensOfASplit⌉. The last block
+// of a tile adds the splits up in their order, so that the bits repeat. A sum is made of sums of kTokens products: error √(t/32), not √t.
 //
-// Bytes: (t Σ n_m ⌈r_m / kRanks⌉ + t R ⌈n_m / kColumns⌉) elements at most, of which H (t R elements) stays in L2; k indices, 2 · 4 k · splits
+// Bytes: t Σ_m (n_m ⌈r_m / kRanks⌉ + r_m ⌈n_m / kColumns⌉) elements at most, of which H (t Σ r_m) stays in L2; k indices, 2 · 4 k · splits
 // for the partial sums, 4 k written, 32 k for the accumulators. FLOPs: 2 t k. Qwen2.5-1.5B's down_proj (n 1536, r 32), t 8192, bf16: 25 MB
-// of dY, 7.5 µs at 3.35 TB/s; up to some 3.5 entries a column shared memory keeps up with that.
+// of dY, 7.5 µs at 3.35 TB/s; by count, shared memory (128 bytes a clock) keeps up with that to some 3.5 entries a column.
 //
 // Not run on a GPU: compiled for sm_80, sm_90a and sm_100 and run on a CPU (tests/cuda_cpu).
 #pragma once

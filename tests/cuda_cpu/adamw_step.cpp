@@ -5,16 +5,17 @@
 
 using namespace fastlora;
 
-extern "C" int adamw_step(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, const float* clip, const int32_t* index, int64_t k,
-                          int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay) {
+extern "C" int adamw_step(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, const float* clip, const int32_t* index,
+                          int64_t k, int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay) {
   emulation::error.clear();
-  launch_adamw_step({param, grad, exp_avg, exp_avg_sq, index, clip, k, adamw_scalars(step, lr, beta1, beta2, eps, weight_decay), false}, nullptr);
+  const AdamwScalars scalars = adamw_scalars(step, lr, beta1, beta2, eps, weight_decay);
+  launch_adamw_step({param, grad, exp_avg, exp_avg_sq, index, clip, k, scalars, false}, nullptr);
   return emulation::error.empty() ? 0 : -1;
 }
 
 // capacity: doubles that fit into partial. Returns the number of slices, or −1 and emulation_error().
-extern "C" int gradient_norms(const float* grad, const int32_t* index, const int64_t* ranges, int matrices, int64_t most_entries, double* partial,
-                              int64_t capacity, int* arrivals, float* norms) {
+extern "C" int gradient_norms(const float* grad, const int32_t* index, const int64_t* ranges, int matrices, int64_t most_entries,
+                              double* partial, int64_t capacity, int* arrivals, float* norms) {
   const int slices = slices_of(most_entries);
   emulation::error.clear();
   if (int64_t{matrices} * slices > capacity) emulation::error = "the test's partial is too small";

@@ -48,27 +48,33 @@ def run_under(
     sanitizer: str | None, harness: str, edits: tuple[Edit, ...] = (), arguments: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """The harness's `main`, as a program of its own; it ends with what a sanitizer finds first."""
-    program = _compile(harness, SANITIZERS[sanitizer] if sanitizer else ("-O1",), edits)
+    program = _compile(harness, SANITIZERS[sanitizer] if sanitizer else ("-O0",), edits)
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 @cache
 def _compile(harness: str, flags: tuple[str, ...], edits: tuple[Edit, ...]) -> Path:
-    """Path of the result, from the cache where it is already there."""
+    """Path of the result."""
     sources = {path.name: path.read_text() for path in sorted(DEVICE_CODE.glob("*.cuh"))}
     for name, text, replacement in edits:
         if sources[name].count(text) != 1:
             raise ValueError(f"{name} has {text!r} {sources[name].count(text)} times, not once")
         sources[name] = sources[name].replace(text, replacement)
-    ours = {path.name: path.read_text() for path in [*sorted(HERE.glob("emulation.*")), HERE / "elements.h", HERE / f"{harness}.cpp"]}
-    target = CACHE / f"{harness}-{_digest(sources, ours, FLAGS + flags)}"
+    return compile_text(harness, sources | {f"{harness}.cpp": (HERE / f"{harness}.cpp").read_text()}, flags)
+
+
+def compile_text(name: str, sources: Mapping[str, str], flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
+    """All .cpp files among `sources`, which lie in a folder cuda/, with the emulation; from the cache where it is already there."""
+    ours = {path.name: path.read_text() for path in [*sorted(HERE.glob("emulation.*")), HERE / "elements.h"]}
+    target = CACHE / f"{name}-{_digest(sources, ours, FLAGS + flags)}"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in sources.items():
-                (Path(folder) / "cuda" / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / "cuda" / name).write_text(text)
-            _move(_run(Path(folder), [*FLAGS, *flags, HERE / f"{harness}.cpp", _scheduler(flags)]), target)
+            (Path(folder) / "cuda").mkdir()
+            for file, text in sources.items():
+                (Path(folder) / "cuda" / file).write_text(text)
+            files = [Path(folder) / "cuda" / file for file in sources if file.endswith(".cpp")]
+            _move(_run(Path(folder), [*FLAGS, *flags, *files, _scheduler(flags), *libraries]), target)
     return target
 
 
@@ -86,7 +92,8 @@ def _scheduler(flags: tuple[str, ...]) -> Path:
 def _run(folder: Path, arguments: list[str | Path]) -> Path:
     """g++; raises RuntimeError with what it says."""
     output = folder / "out"
-    done = subprocess.run(["g++", f"-I{folder}", f"-I{HERE}", *arguments, "-o", output], capture_output=True, text=True, check=False)
+    command = ["g++", f"-I{folder}", f"-I{HERE}", *arguments, "-o", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"g++ {' '.join(map(str, arguments))} failed:\n{done.stderr}")
     return output

@@ -11,6 +11,8 @@ struct Out {
   int* counter;
 };
 
+constexpr int kBlocks = 3;  // of the kernels that count blocks
+
 struct Row {
   float at[kThreads];
 };
@@ -91,15 +93,15 @@ __global__ void last_block_kernel(Out out) {
   SHARED_MEMORY(bool, is_last);
   const int block = blockIdx.x;
   if (threadIdx.x == 0) out.at[block] = block;
-  if (!last_of(8, out.counter, &is_last) || threadIdx.x) return;
-  for (int i = 1; i < 8; ++i) out.at[0] += out.at[i];
+  if (!last_of(kBlocks, out.counter, &is_last) || threadIdx.x) return;
+  for (int i = 1; i < kBlocks; ++i) out.at[0] += out.at[i];
 }
 __global__ void unfenced_kernel(Out out) {
   const int block = blockIdx.x;
   if (threadIdx.x) return;
   out.at[block] = block;
-  if (atomicAdd(out.counter, 1) == 7)
-    for (int i = 1; i < 8; ++i) out.at[0] += out.at[i];
+  if (atomicAdd(out.counter, 1) == kBlocks - 1)
+    for (int i = 1; i < kBlocks; ++i) out.at[0] += out.at[i];
 }
 
 static const std::map<std::string, void (*)(Out)> kKernels{

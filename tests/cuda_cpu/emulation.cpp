@@ -1,5 +1,5 @@
-// The scheduler of emulation.h. It is compiled without the sanitizers' instrumentation, since all threads of a block use its state: they see
-// the kernel's own accesses only. WITH_TSAN and WITH_ASAN tell it which of them it must tell about the threads' stacks.
+// The scheduler of emulation.h. It is compiled without the sanitizers' instrumentation, since all threads of a block use its state: they
+// see the kernel's own accesses only. WITH_TSAN and WITH_ASAN tell it which of them it must tell about the threads' stacks.
 #include "emulation.h"
 
 #include <atomic>
@@ -153,7 +153,8 @@ bool release_waiting() {
   bool released = false, all_done = true;
   for (int warp = 0; warp < count; warp += 32) {
     const Operation operation = block->threads[warp].waits_at;
-    const bool free = whole || (operation != Operation::block_barrier && operation != Operation::none && all_at(operation, warp, warp + 32));
+    const bool of_warp = operation != Operation::block_barrier && operation != Operation::none;
+    const bool free = whole || (of_warp && all_at(operation, warp, warp + 32));
     for (int i = warp; i < warp + 32; ++i) {
       if (free) block->threads[i].waits_at = Operation::none;
       all_done = all_done && block->threads[i].done;

@@ -6,7 +6,8 @@
 using namespace fastlora;
 
 // tiles: int64 [count, 8], see kernels/fastlora_triton/export_layout.py.
-extern "C" int export_adapter(int dtype, const float* flat, const int64_t* tiles, const float* scales, int count, void* out_a, void* out_b) {
+extern "C" int export_adapter(int dtype, const float* flat, const int64_t* tiles, const float* scales, int count, void* out_a,
+                              void* out_b) {
   emulation::error.clear();
   const ExportAdapter p{flat, reinterpret_cast<const ExportTile*>(tiles), scales, count, out_a, out_b};
   with_element(dtype, [&](auto element) { launch_export_adapter<decltype(element)>(p, nullptr); });
@@ -28,7 +29,8 @@ int main() {
           scales.push_back(side ? 0.5f : 1.0f);
         }
     std::vector<float> out_a(kOutRank * width, NAN), out_b(kOutRank * width, NAN);
-    if (export_adapter(kFloat32, static_cast<const float*>(flat.data()), tiles.data(), scales.data(), scales.size(), out_a.data(), out_b.data()))
+    const float* x = static_cast<const float*>(flat.data());
+    if (export_adapter(kFloat32, x, tiles.data(), scales.data(), scales.size(), out_a.data(), out_b.data()))
       return report("export_adapter: " + emulation::error);
     for (int64_t r = 0; r < kOutRank; ++r)
       for (int64_t c = 0; c < width; ++c) {

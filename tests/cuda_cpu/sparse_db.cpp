@@ -42,7 +42,8 @@ int main() {
       double wrong = 0;
       for (int i = 0; i < k; ++i) {
         const bool first = index[i] < 70 * 136;
-        const int m = first ? 0 : 2, at = first ? index[i] : index[i] - 70 * 136, r = at / columns[m] + (first ? 0 : 80), n = at % columns[m];
+        const int m = first ? 0 : 2, at = first ? index[i] : index[i] - 70 * 136;
+        const int r = at / columns[m] + (first ? 0 : 80), n = at % columns[m];
         double truth = 0;
         for (int64_t t = 0; t < tokens; ++t) truth += (first ? dy0 : dy2)[t * columns[m] + n] * h[t * h_stride + r];
         wrong = std::max(wrong, std::fabs(scales[m] * truth - db[i]));
