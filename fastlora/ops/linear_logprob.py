@@ -259,9 +259,9 @@ def _triton_refuses_backward(device: torch.device, *args: Any) -> str | None:
     if not args:
         return tma_refuses(device)
     _, _, hidden_td, weight_vd, bias_v, *_, need_dw, need_db = args
-    if need_dw or need_db:
-        return "it gives no gradient to the head"
-    return _triton_refuses(device, hidden_td, weight_vd, bias_v)
+    if reason := _triton_refuses(device, hidden_td, weight_vd, bias_v):
+        return reason
+    return "it gives no gradient to the head" if need_dw or need_db else None
 
 
 @_backward.add("triton", _triton_refuses_backward)
