@@ -52,13 +52,23 @@ def floors(rows: Sequence[Row], orders: Sequence[Row]) -> list[Floor]:
     found = []
     for size in SIZES:
         ours = sums(groups, "fastlora", f"dram_{size}")
+        even = {case: bytes_ for case, bytes_ in ours.items() if case[1].endswith("r 32")}
+        ragged = {case: bytes_ for case, bytes_ in ours.items() if case not in even}
+        peft = sums(groups, "PEFT", f"dram_{size}")
         small = {case: bytes_ for case, bytes_ in ours.items() if case[0] == SMALLEST}
         large = {case: bytes_ for case, bytes_ in ours.items() if case[0] != SMALLEST}
         head = {case: bytes_ for case, bytes_ in sums(heads, "fastlora", f"dram_{size}").items() if case[0] == SMALLEST}
         for key, what, numerator, denominator, limit in (
             ("lora_over_compulsory", f"{SMALLEST}, both passes over compulsory", small, sums(groups, "fastlora", "compulsory"), 1.25),
             ("lora_over_best_order", "larger models, both passes over the best order found", large, best_orders(orders, size), 1.1),
-            ("lora_over_peft", "both passes over PEFT's", ours, sums(groups, "PEFT", f"dram_{size}"), 0.5),
+            ("lora_over_peft", "both passes over PEFT's, rank 32", even, peft, 0.5),
+            (
+                "lora_ragged_over_peft",
+                "both passes over PEFT's, ragged with modules of rank 0, which PEFT leaves alone",
+                ragged,
+                peft,
+                None,
+            ),
             ("logprob_over_compulsory", f"{SMALLEST}, log-prob forward over compulsory", head, sums(heads, "fastlora", "compulsory"), 1.1),
         ):
             ratios = {case: bytes_ / denominator[case] for case, bytes_ in numerator.items() if case in denominator}
