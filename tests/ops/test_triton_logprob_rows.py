@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,3 +49,14 @@ def test_a_target_outside_is_nan() -> None:
     with on_cpu():
         logp_t, *_ = kernels.forward(z_tv, torch.tensor([0, 20, -1]), 1.0, False)
     assert logp_t.isnan().tolist() == [False, True, True]
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """8,193 rows of 262,144 logits; the last one lies beyond 2^31. Memory that nobody has written costs nothing."""
+    t, v = 8193, 262_144
+    z_tv = torch.empty(t, v, dtype=torch.bfloat16)
+    z_tv[-1] = 0
+    z_tv[-1, 5] = 3
+    with on_cpu(Watch(conflicts=False)):
+        logp_t, *_ = kernels.forward(z_tv, torch.full((t,), 5), 1.0, False)
+    assert t * v > 2**31 and logp_t[-1].item() == pytest.approx(3 - math.log(v - 1 + math.exp(3)), abs=1e-4)
