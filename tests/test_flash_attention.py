@@ -16,7 +16,8 @@ from torch import Tensor
 from fastlora import flash_attention
 from fastlora.flash_attention import Sequences
 from fastlora.ops import packed_attention as op
-from fastlora.ops.registry import Implementation, dispatchers, implementation_counts, use_implementation
+from fastlora.ops.registry import Implementation, dispatchers, use_implementation
+from tests.attention_reference import assert_is_the_reference
 from tests.tolerances import FP64_EXACT
 
 CPU = torch.device("cpu")
@@ -77,21 +78,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_stand_in")
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_two_joined_calls_are_the_reference(index: int) -> None:
-    """Outputs and gradients of q, k and v through the op, rotation included; and it was `flash` that ran, in both passes."""
-    q, k, v, *rest = SAMPLES[index]
-    dout = torch.randn_like(q)
-
-    def outputs(name: str) -> list[Tensor]:
-        with use_implementation(name):
-            out, _ = op.packed_attention_op(q, k, v, *rest)
-            return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-    before = implementation_counts.copy()
-    ours = outputs("flash")
-    ran = implementation_counts - before
-    assert ran["packed_attention", "flash"] == ran["packed_attention_backward", "flash"] == 1
-    for got, expected in zip(ours, outputs("reference"), strict=True):
-        assert got.shape == expected.shape and float((got - expected).abs().max()) <= 10 * FP64_EXACT
+    assert_is_the_reference("flash", SAMPLES[index])
 
 
 @pytest.mark.usefixtures("_stand_in")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastlora import flex
 from fastlora.ops import packed_attention as op
-from fastlora.ops.registry import Implementation, dispatchers, implementation_counts, use_implementation
-from tests.tolerances import FP64_EXACT
+from fastlora.ops.registry import Implementation, dispatchers
+from tests.attention_reference import assert_is_the_reference
 
 CPU = torch.device("cpu")
 SAMPLES = [arguments for arguments in op.sample_inputs(torch.float64, CPU) if len(arguments[0])]
@@ -27,21 +26,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_flex_is_the_reference(index: int) -> None:
-    """Outputs and gradients of q, k and v through the op, rotation included; and it was `flex` that ran, in both passes."""
-    q, k, v, *rest = SAMPLES[index]
-    dout = torch.randn_like(q)
-
-    def outputs(name: str) -> list[Tensor]:
-        with use_implementation(name):
-            out, _ = op.packed_attention_op(q, k, v, *rest)
-            return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-    before = implementation_counts.copy()
-    ours = outputs("flex")
-    ran = implementation_counts - before
-    assert ran["packed_attention", "flex"] == ran["packed_attention_backward", "flex"] == 1
-    for got, expected in zip(ours, outputs("reference"), strict=True):
-        assert got.shape == expected.shape and float((got - expected).abs().max()) <= 10 * FP64_EXACT
+    assert_is_the_reference("flex", SAMPLES[index])
 
 
 def test_blocks_of_other_families_are_skipped() -> None:

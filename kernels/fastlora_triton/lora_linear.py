@@ -97,30 +97,34 @@ def shrink_kernel(
 
 
 @triton.jit
-def _expanded(
+def _expanded_tile(
     h_desc,
     b_ptr,
-    t0,
-    columns,
-    first_column,
-    padded_rank,
-    rank,
-    n,
-    scale,
+    modules_ptr,
+    scales_ptr,
+    column_tiles_ptr,
+    T,
+    column_tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RANK_STEP: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s_m H_m B_mᵀ [BLOCK_T, BLOCK_N], float32, of the rows from t0 and these columns; b_ptr: B_mᵀ [r_m, n_m]."""
-    r = tl.arange(0, RANK_STEP)
-    b_rows = b_ptr + r[:, None] * n + columns[None, :]
+    """Of this program's tile: (s_m H_m B_mᵀ [BLOCK_T, BLOCK_N] in float32, m, n_m, first row, first column)."""
+    row_tile, tile = tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
+    t0 = row_tile * BLOCK_T
+    m = tl.load(column_tiles_ptr + 2 * tile)
+    n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
+    first_column, padded_rank, rank, n, b0 = module_row(modules_ptr, m)
+    columns, r = n0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK_STEP)
+    b_rows = b_ptr + b0 + r[:, None] * n + columns[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for r0 in range(0, padded_rank, RANK_STEP):
         h_tr = h_desc.load([t0, first_column + r0])
         b_rn = tl.load(b_rows + r0 * n, mask=(r0 + r < rank)[:, None] & (columns < n)[None, :], other=0.0)
         acc = tl.dot(h_tr, b_rn, acc, input_precision=PRECISION)
-    return acc * scale
+    return acc * tl.load(scales_ptr + m), m, n, t0, n0
 
 
 @triton.jit(do_not_specialize=["T", "column_tiles"])
@@ -145,16 +149,11 @@ def expand_base_kernel(
     ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, tile = tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
-    t0 = row_tile * BLOCK_T
-    m = tl.load(column_tiles_ptr + 2 * tile)
-    n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
-    first_column, padded_rank, rank, n, b0 = module_row(modules_ptr, m)
-    w0 = tl.load(modules_ptr + 6 * m + 4) + n0
-    columns = n0 + tl.arange(0, BLOCK_N)
-    acc = _expanded(
-        h_desc, b_ptr + b0, t0, columns, first_column, padded_rank, rank, n, tl.load(scales_ptr + m), BLOCK_T, BLOCK_N, RANK_STEP, PRECISION
+    acc, m, n, t0, n0 = _expanded_tile(
+        h_desc, b_ptr, modules_ptr, scales_ptr, column_tiles_ptr, T, column_tiles, BLOCK_T, BLOCK_N, RANK_STEP, ROW_GROUP, PRECISION
     )
+    columns = n0 + tl.arange(0, BLOCK_N)
+    w0 = tl.load(modules_ptr + 6 * m + 4) + n0
     for k0 in range(0, d, BLOCK_K):
         acc = tl.dot(x_desc.load([t0, k0]), w_desc.load([w0, k0]).T, acc, input_precision=PRECISION)
     if HAS_BIAS:
@@ -183,15 +182,10 @@ def expand_add_kernel(
     ROW_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, tile = tile_of_program(tl.cdiv(T, BLOCK_T), column_tiles, ROW_GROUP)
-    t0 = row_tile * BLOCK_T
-    m = tl.load(column_tiles_ptr + 2 * tile)
-    n0 = tl.multiple_of(tl.load(column_tiles_ptr + 2 * tile + 1), 16)
-    first_column, padded_rank, rank, n, b0 = module_row(modules_ptr, m)
-    columns = n0 + tl.arange(0, BLOCK_N)
-    acc = _expanded(
-        h_desc, b_ptr + b0, t0, columns, first_column, padded_rank, rank, n, tl.load(scales_ptr + m), BLOCK_T, BLOCK_N, RANK_STEP, PRECISION
+    acc, m, n, t0, n0 = _expanded_tile(
+        h_desc, b_ptr, modules_ptr, scales_ptr, column_tiles_ptr, T, column_tiles, BLOCK_T, BLOCK_N, RANK_STEP, ROW_GROUP, PRECISION
     )
+    columns = n0 + tl.arange(0, BLOCK_N)
     rows = t0 + tl.arange(0, BLOCK_T)
     inside = (rows < T)[:, None] & (columns < n)[None, :]
     at = rows.to(tl.int64)[:, None] * n + columns[None, :]
