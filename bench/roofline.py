@@ -151,21 +151,23 @@ def step_lines(rows: Sequence[Row], model: str) -> Iterable[tuple[str, ...]]:
 LAUNCH_HEADINGS = (
     "op",
     "kernel",
+    "launches",
     *(f"{chip.name} {what}" for chip in CHIPS for what in ("µs", "bound")),
     "at the peak of tensor cores alone µs",
 )
 
 
 def launch_lines(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:
-    """A line for each of our launches, rank 32."""
+    """A line for each of our launches, rank 32; equal ones on one."""
     for op, launches in steps_of(rows, SMALLEST, "fastlora").items():
         layers = LAYERS[SMALLEST] if op.split()[0] in GROUPS else 1
-        for launch in launches[: len(launches) // layers]:
+        of_a_layer = launches[: len(launches) // layers]
+        for launch in (launch for at, launch in enumerate(of_a_layer) if launch not in of_a_layer[:at]):
             cells = []
             for chip in CHIPS:
                 own = predict([launch], chip)
                 cells += [f"{1e6 * own.seconds:,.1f}", own.bound]
-            yield (op, f"`{launch['kernel']}`", *cells, f"{1e6 * launch['flops'] / CHIPS[0].flops:,.1f}")
+            yield (op, f"`{launch['kernel']}`", str(of_a_layer.count(launch)), *cells, f"{1e6 * launch['flops'] / CHIPS[0].flops:,.1f}")
 
 
 def ms(seconds: float) -> str:
