@@ -11,9 +11,8 @@ SMALLEST = "Qwen2.5-1.5B"
 GROUPS = ("qkv", "o", "gate_up", "down")
 SIZES = ("25", "50")
 """MB of L2 cache."""
-ONLY_AT = {"lora_over_best_order": "25", "logprob_over_compulsory": "50"}
-"""Where a ratio is held at one size and shown at the other. Orders are chosen for 25 MB. In 25 MB the log-prob's h (8,192 × 1,536: 25.2 MB)
-cannot stay while W passes."""
+ONLY_AT = {"logprob_over_compulsory": "50"}
+"""Where a ratio is held at one size and shown at the other: in 25 MB the log-prob's h (8,192 × 1,536: 25.2 MB) cannot stay while W passes."""
 Case = tuple[str, str]
 """(model, case): `("Qwen2.5-1.5B", "qkv r 32")`."""
 

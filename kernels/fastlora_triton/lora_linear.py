@@ -37,10 +37,10 @@ from fastlora_triton.tiles import Tiles, tiles_for
 def row_group(column_tiles: int, k: int) -> int:
     """Row tiles that run together, so that their x (or dy) and W tiles meet in L2: of the orders in docs/bytes.md the best or nearly so.
 
-    For the 264 programs that an H100 runs at once: 1 where all columns of 16 rows run at once anyway; 32 where their rows of x (12 MB at
+    For the 264 programs that an H100 runs at once: 1 where all columns of 8 rows run at once anyway; 32 where their rows of x (12 MB at
     k = 1,536) stay in half of L2 while W passes; else 22, with 12 columns at once: near a square, which reads least.
     """
-    if column_tiles <= 16:
+    if column_tiles <= 32:
         return 1
     return 32 if k <= 1536 else 22
 
