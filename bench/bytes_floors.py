@@ -12,7 +12,7 @@ GROUPS = ("qkv", "o", "gate_up", "down")
 SIZES = ("25", "50")
 """MB of L2 cache."""
 ONLY_AT = {"logprob_over_compulsory": "50"}
-"""Where a ratio is held at one size and shown at the other: in 25 MB the log-prob's h (8,192 × 1,536: 25.2 MB) cannot stay while W passes."""
+"""Held at one size and shown at the other: in 25 MB the log-prob's h (8,192 × 1,536: 25.2 MB) cannot stay while W passes."""
 Case = tuple[str, str]
 """(model, case): `("Qwen2.5-1.5B", "qkv r 32")`."""
 
