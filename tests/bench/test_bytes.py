@@ -35,6 +35,7 @@ def quick() -> list[Floor]:
         "logprob_over_compulsory_50",  # at 25 MB h alone is more than the cache: not a floor
     ],
 )
+@pytest.mark.xdist_group("bytes")  # counted once
 def test_the_kernels_of_this_commit_hold_the_floors(key: str, quick: list[Floor]) -> None:
     (floor,) = [floor for floor in quick if floor.key == key]
     assert floor.met, floor.sentence()

@@ -76,7 +76,7 @@ def test_a_kernel_without_a_baseline_is_a_failure(tmp_path: Path, monkeypatch: p
 
 def test_without_nvcc_the_gate_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
-    (tmp_path / "baseline.json").write_text(json.dumps({"shrink_kernel bf16": 128}))
+    (tmp_path / "baseline.json").write_text(json.dumps({triton.__version__: {"shrink_kernel bf16": 128}}))
     monkeypatch.setattr(compile_gate, "compile_all", lambda *_: [Variant("shrink_kernel", "bf16", "a case", GOOD)])
     monkeypatch.setattr(cuda_gate, "find_nvcc", lambda: None)
     assert compile_gate.main(["--json"]) == 1
@@ -88,7 +88,7 @@ def test_without_nvcc_the_gate_fails_by_name(tmp_path: Path, monkeypatch: pytest
 
 def test_nvccs_kernels_must_load_16_bytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_gate, "BASELINE", tmp_path / "baseline.json")
-    (tmp_path / "baseline.json").write_text(json.dumps({"sparse_db_kernel bf16": 64}))
+    (tmp_path / "baseline.json").write_text(json.dumps({triton.__version__: {"sparse_db_kernel bf16": 64}}))
     narrow = Variant("sparse_db_kernel", "bf16", "a file", Machine(64, 0, 30728, 8, Counter({"LDG.E": 9})))
     assert broken_limits([narrow], 90) == ["sparse_db_kernel bf16 (a file): no TMA and no 16-byte load"]
     assert broken_limits([replace(narrow, machine=replace(narrow.machine, instructions=Counter({"LDG.E.128": 1})))], 90) == []
