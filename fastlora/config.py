@@ -246,9 +246,9 @@ class TrainerConfig(Section):
     """Micro-batches per generation batch; None = gradient_accumulation_steps (one optimizer step per generation)."""
     num_iterations: Positive = 1
     """Passes over each generation batch."""
-    implementation: Literal["auto", "reference", "torch", "cpp"] = "auto"
-    """auto = shared prompts, packed tokens, the best kernels here; torch, cpp = the same on these kernels, or an error; reference = TRL's
-    padded layout and order of operations, bit for bit."""
+    implementation: Literal["auto", "reference", "torch", "cpp", "triton"] = "auto"
+    """auto = shared prompts, packed tokens, the best kernels here; torch, cpp, triton = the same on these kernels, or an error; reference =
+    TRL's padded layout and order of operations, bit for bit."""
     checkpoint_every: NonNegative = 10
     """Steps between checkpoints; 0 = only at the end and on Ctrl-C."""
     keep_checkpoints: Positive = 2

@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "unknown reward": ({"reward.functions": '["outcme"]'}, "outcome"),
     "model missing": ({"model.name": '"nowhere/nothing"'}, "model 'nowhere/nothing' could not be loaded"),
     "mask missing": ({"lora.b_mask": '"nowhere.safetensors"'}, "nowhere.safetensors"),
+    "kernels of a GPU": ({"model.device": '"cpu"', "trainer.implementation": '"triton"'}, "'triton' cannot run: it runs on a GPU"),
     "replay folder missing": ({"rollout.sampler": '"replay"', "rollout.replay_path": '"nowhere"'}, "holds no rollout-*.safetensors"),
 }
 
