@@ -21,8 +21,8 @@ from fastlora.lora.patterns import describe, resolve
 from fastlora.lora.peft_format import load_adapter, load_b_mask
 from fastlora.model import BaseModel, load_base_model, select_device
 from fastlora.objectives import Objective, PolicyObjective, SupervisedObjective
-from fastlora.optim import AdamW, learning_rates
 from fastlora.ops.registry import ImplementationError, triton_refuses
+from fastlora.optim import AdamW, learning_rates
 from fastlora.rewards.registry import Rewards, load_rewards
 from fastlora.rollout.replay import RecordingSampler, ReplaySampler
 from fastlora.rollout.sampler import Sampler
