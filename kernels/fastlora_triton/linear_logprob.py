@@ -11,8 +11,11 @@ e_t = dℓ/dentropy:
 The logits of a tile are computed again; dz goes to memory for one slab of rows × one slab of the vocabulary at a time and is multiplied
 there. Offsets of rows are int64: T × V passes 2³¹ at 16,384 tokens of Qwen's vocabulary.
 
-Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_linear_logprob.py); registers and
-instructions in docs/kernels.md.
+sm_90, bf16: logprob_parts_kernel 255 registers, one CTA an SM, no spill; from memory 1.00 × compulsory with 50 MB of L2 and 2.89 × with 25
+(8,192 tokens of 1,536 are 25.2 MB of h). logit_gradient_kernel 196 registers, one CTA; 2.11 × with 25 MB.
+
+Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_linear_logprob.py); docs/kernels.md has all
+machine codes, docs/bytes.md the model of L2.
 """
 
 from __future__ import annotations

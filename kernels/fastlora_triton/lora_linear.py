@@ -14,8 +14,14 @@ sums float32. d and n_m are multiples of 8 and all tensors start on 16 bytes: th
 Numbers that follow from t are not specialised on (do_not_specialize): packed batches have a new t at every step, and Triton would compile
 anew for t = 1 and for multiples of 16.
 
-Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_lora_linear.py); registers and instructions
-in docs/kernels.md.
+| sm_90, bf16 | registers | CTAs/SM | bytes from memory / compulsory, 25 MB of L2: qkv, o, gate_up, down of Qwen2.5-1.5B, 8,192 tokens |
+|---|---|---|---|
+| shrink_kernel | 60 | 4 | 1.00, 1.00, 1.00, 1.00 |
+| expand_base_kernel | 99 | 2 | 1.00, 1.00, 1.18, 1.28 |
+| expand_add_kernel | 128 | 2 | |
+
+Not run on a GPU: compiled for sm_80, sm_90 and sm_100 and run on a CPU (tests/ops/test_triton_lora_linear.py); docs/kernels.md has all
+machine codes, docs/bytes.md the model behind the last column.
 """
 
 from __future__ import annotations
