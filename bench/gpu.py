@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ from bench.gpu_race import Entrant, Race, Run, check, on_a_gpu, on_meta
 from bench.op_cases import Case, Update, cases
 from bench.race import REPOSITORY
 from bench.report import commit
-from bench.rows import Row, append_rows, timing
+from bench.rows import Row, append_rows, slug, timing
 from bench.test_ops import GateError, fresh
 from bench.test_ops import check as check_op
 from fastlora.ops.registry import dispatchers, use_implementation
@@ -49,7 +48,6 @@ DTYPE = torch.bfloat16
 RANK = 32
 HEAD_DIM = 128
 """Of all three models."""
-LAYERS = {"Qwen2.5-1.5B": 28, "Qwen3-1.7B": 28, "Qwen3-8B": 36}
 GROUPS = (Group(264, (224,) * 8),) * 4
 """4 (264 + 8 · 223) = 8,192 tokens; 7,168 predicting rows."""
 TILE_ROWS = 1024
@@ -97,7 +95,7 @@ def update_of(name: str) -> Update:
     """The sizes of one update of a model of bench.compile_gate.MODELS."""
     m = MODELS[name]
     heads = (m.query // HEAD_DIM, m.key // HEAD_DIM, HEAD_DIM)
-    return Update(Model(LAYERS[name], m.d, m.mlp, *heads, m.vocabulary), GROUPS, RANK, TILE_ROWS)
+    return Update(Model(m.layers, m.d, m.mlp, *heads, m.vocabulary), GROUPS, RANK, TILE_ROWS)
 
 
 def races(update: Update) -> Iterator[Race]:
@@ -280,8 +278,8 @@ def card_name() -> str:
 
 
 def card_slug() -> str:
-    """`nvidia-h100-80gb-hbm3`."""
-    return re.sub(r"[^a-z0-9]+", "-", card_name().lower()).strip("-")
+    """The folder of this card's rows."""
+    return slug(card_name())
 
 
 def table(rows: Sequence[Row]) -> Table:

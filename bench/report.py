@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from bench.accuracy import Errors
 from bench.gemm_peak import Work
 from bench.race import Result
+from bench.rows import append_rows, slug
 from bench.workload import DType
 from fastlora.metrics import write_environment
 
@@ -177,11 +179,8 @@ def result_rows(measured: Measured) -> Iterator[dict[str, Any]]:
 def write_rows(measured: Measured, folder: Path) -> Path:
     """Appends the rows to `folder`/DEVICE/train_step.jsonl (returned) and the JSON object to train_step_summary.jsonl beside it."""
     path = folder / device_slug() / "train_step.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in result_rows(measured))
-    with path.with_name("train_step_summary.jsonl").open("a") as file:
-        file.write(json_line(measured) + "\n")
+    append_rows(list(result_rows(measured)), path)
+    append_rows([summary(measured)], path.with_name("train_step_summary.jsonl"))
     return path
 
 
@@ -191,8 +190,7 @@ def merge_summary(numbers: Mapping[str, Any], parts: Sequence[str], folder: Path
     path = folder / device_slug() / "train_step_summary.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])
     merged = {**last, **numbers, "again": {**last.get("again", {}), **dict.fromkeys(parts, commit())}}
-    with path.open("a") as file:
-        file.write(json.dumps(merged) + "\n")
+    append_rows([merged], path)
     return merged
 
 
@@ -256,12 +254,13 @@ def device_name() -> str:
 
 
 def device_slug() -> str:
-    """`AMD EPYC 9R14` -> `amd-epyc-9r14`."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    """The folder of this machine's rows."""
+    return slug(device_name())
 
 
+@cache
 def commit() -> str | None:
-    """Of this checkout, as every run of fastlora records it."""
+    """Of this checkout when it was first asked for, as every run of fastlora records it: rows that are written later make a tree dirty."""
     with tempfile.TemporaryDirectory() as scratch:
         write_environment(Path(scratch))
         return json.loads((Path(scratch) / "environment.json").read_text())["commit"]

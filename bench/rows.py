@@ -6,6 +6,7 @@ Rows are only appended; a file tells the history of its device. `current` is wha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def timing(seconds: Sequence[float], *, flops: float | None = None, nbytes: floa
         "gflop_per_s": None if flops is None else flops / median / 1e9,
         "gb_per_s": None if nbytes is None else nbytes / median / 1e9,
     }
+
+
+def slug(device: str) -> str:
+    """Folder of a device's rows: `AMD EPYC 9R14` -> `amd-epyc-9r14`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def append_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

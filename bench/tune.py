@@ -79,8 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     chosen = [subject for subject in SUBJECTS if subject.name in options.subjects]
     if options.dry_run:
+        row = row_of(options.dtype, options.capability)
         for subject in chosen:
-            console.print(candidates_table(subject, compiled_candidates(subject, row_of(options.dtype), options), options))
+            console.print(candidates_table(subject, compiled_candidates(subject, row, options), options))
         return 0
     if not torch.cuda.is_available():
         print("bench.tune times kernels on a GPU, and torch sees none here; --dry-run lists the candidates", file=sys.stderr)
@@ -91,10 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def row_of(dtype: str) -> Tiles:
-    """The committed row of an operand type."""
-    with tf32_allowed():
-        return committed.tiles_for(torch.empty(0, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "meta"))
+def row_of(dtype: str, capability: int) -> Tiles:
+    """The committed row of an architecture and operand type."""
+    return committed.TABLE[capability]["tf32" if dtype == "tf32" else "half"]
 
 
 def candidates(subject: Subject, row: Tiles, itemsize: int, capability: int) -> Iterator[Tiles]:
@@ -111,16 +111,14 @@ def candidates(subject: Subject, row: Tiles, itemsize: int, capability: int) -> 
 
 @contextmanager
 def use_tiles(candidate: Tiles) -> Iterator[None]:
-    """Inside, every kernel module of fastlora_triton launches with these tiles."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("fastlora_triton.") and hasattr(m, "tiles_for")]
-    before = [module.tiles_for for module in modules]
-    for module in modules:
-        module.tiles_for = lambda x: candidate
+    """Inside, every row of the table is this one."""
+    before = {capability: dict(rows) for capability, rows in committed.TABLE.items()}
+    for rows in committed.TABLE.values():
+        rows.update(dict.fromkeys(rows, candidate))
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            module.tiles_for = own
+        committed.TABLE.update(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ def compile_candidate(tiles: Tiles, subject: Subject, dtype: torch.dtype, option
         (lambda: run_head(model, dtype)) if "v" in subject.values else (lambda: run_lora(d, outs, RANKS[0][: len(outs)], dtype))
     )
     try:
-        with use_tiles(tiles), use_launcher(compiled), tf32_allowed():
+        with use_tiles(tiles), use_launcher(compiled, options.capability), tf32_allowed():
             run()
     except (TritonError, RuntimeError, ValueError) as error:  # of a pass that failed; of a block whose sides are no powers of two
         return Compiled(tiles, list(variants.values()), [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"])
@@ -181,7 +179,7 @@ def candidates_table(subject: Subject, found: Sequence[Compiled], options: argpa
 
 def tune(chosen: Sequence[Subject], options: argparse.Namespace, console: Console) -> None:
     """One subject after another, each from the best of the one before; prints every candidate's time and, last, the row."""
-    row = row_of(options.dtype)
+    row = row_of(options.dtype, options.capability)
     all_races = list(races(update_of(options.model)))
     for subject in chosen:
         timed = [race for race in all_races if race.op in subject.races]

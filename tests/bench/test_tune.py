@@ -15,7 +15,7 @@ from bench.tune import SUBJECTS, Subject, candidates, main, row_of, source, use_
 from fastlora_triton import lora_linear
 from fastlora_triton.tiles import Tiles
 
-ROW = row_of("bf16")
+ROW = row_of("bf16", 90)
 
 
 def test_candidates_start_with_the_committed_row_and_fit_the_chip() -> None:
