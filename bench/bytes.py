@@ -47,7 +47,6 @@ RESULTS = REPOSITORY / "bench" / "results" / "sm_90-model"
 """Of a model of the chip: no measurements."""
 RANKS = {"r 32": (32, 32, 32), "ragged": (17, 0, 3)}
 """A group of fewer members takes the first ones."""
-LAYERS = {"Qwen2.5-1.5B": 28, "Qwen3-1.7B": 28, "Qwen3-8B": 36}
 ROWS_OF_LOGITS = 256
 Part = Callable[[], Any]
 
@@ -171,16 +170,16 @@ def small_rows(model: str) -> list[Row]:
     parts = {
         ("logits", "forward"): lambda: logprob_rows.forward(z_tv, target_t, 0.9, True),
         ("logits", "gradient"): lambda: logprob_rows.backward_(z_tv, target_t, *v, 0.9),
-        ("adapter", "adamw_step"): optimizer(MODELS[model], LAYERS[model]),
+        ("adapter", "adamw_step"): optimizer(MODELS[model]),
     }
     return [
         {"model": model, "case": case, "part": part, "side": "fastlora", **counted(run, warm=False)} for (case, part), run in parts.items()
     ]
 
 
-def optimizer(model: Model, layers: int) -> Part:
+def optimizer(model: Model) -> Part:
     """One step over A and B of every projection at rank 32, and the norms before it."""
-    shapes = [(32, width) for d, outs in model.groups().values() for width in [*[d] * len(outs), *outs]] * layers
+    shapes = [(32, width) for d, outs in model.groups().values() for width in [*[d] * len(outs), *outs]] * model.layers
     segments, offset = [], 0
     for i, shape in enumerate(shapes):
         segments.append(Segment(str(i), offset, shape, transposed=False))

@@ -37,15 +37,14 @@ BASELINE = Path(__file__).with_name("compile_baseline.json")
 REGISTER_BAND = 0.1
 """Of the baseline of the same version of triton: what a rebuilt kernel may take without anyone having looked at it."""
 MATRIX_KERNELS = {
-    *(
-        "shrink_kernel",
-        "expand_base_kernel",
-        "expand_add_kernel",
-        "rank_gradient_kernel",
-        "input_gradient_kernel",
-        "weight_gradient_kernel",
-    ),
-    *("logprob_parts_kernel", "logit_gradient_kernel"),
+    "shrink_kernel",
+    "expand_base_kernel",
+    "expand_add_kernel",
+    "rank_gradient_kernel",
+    "input_gradient_kernel",
+    "weight_gradient_kernel",
+    "logprob_parts_kernel",
+    "logit_gradient_kernel",
 }
 NARROW_LOADS = {("weight_gradient_kernel", "tf32")}
 """wgmma takes 32-bit operands with k innermost only, and here k is the token: 4-byte copies transpose on the way into shared memory."""
@@ -58,6 +57,7 @@ TOKENS = 8192
 class Model:
     """Widths of a published decoder."""
 
+    layers: int
     d: int
     query: int
     key: int
@@ -75,9 +75,9 @@ class Model:
 
 
 MODELS = {
-    "Qwen2.5-1.5B": Model(1536, 1536, 256, 8960, 151936),
-    "Qwen3-1.7B": Model(2048, 2048, 1024, 6144, 151936),
-    "Qwen3-8B": Model(4096, 4096, 1024, 12288, 151936),
+    "Qwen2.5-1.5B": Model(28, 1536, 1536, 256, 8960, 151936),
+    "Qwen3-1.7B": Model(28, 2048, 2048, 1024, 6144, 151936),
+    "Qwen3-8B": Model(36, 4096, 4096, 1024, 12288, 151936),
 }
 RANKS = ((32, 32, 32), (17, 0, 3), (64, 1, 256))
 """Even, ragged, uneven; a group of fewer members takes the first ones."""
@@ -184,10 +184,10 @@ def run_head(model: Model, dtype: torch.dtype) -> None:
 
 def run_loss(loss_type: str) -> None:
     """64 completions of up to 1,024 tokens."""
-    kind = {"cispo": grpo_loss.CISPO, "sapo": grpo_loss.SAPO}.get(loss_type, grpo_loss.CLIPPED).value
     logp, weights = torch.empty(64, 1024, device="meta"), torch.empty(64, device="meta")
     mask, advantages = torch.empty(64, 1024, dtype=torch.bool, device="meta"), torch.empty(64, 1, device="meta")
-    surrogate = grpo_loss.Surrogate(kind, 0.2, 0.28, float("inf"), 1.0, 1.05, grpo_loss.K3.value, 0.1, True)
+    kind, estimator = grpo_loss.kind_of(loss_type), grpo_loss.estimator_of("k3")
+    surrogate = grpo_loss.Surrogate(kind, 0.2, 0.28, float("inf"), 1.0, 1.05, estimator, 0.1, True)
     grpo_loss.token_loss(logp, logp, mask, advantages, logp, logp, None, weights, surrogate)
 
 

@@ -34,8 +34,9 @@ from bench.triton_cpu.launch import LaunchError, build, c_values, compiled, exte
 from bench.triton_cpu.trace import translate_trace
 from fastlora_triton.front_end import compile_for
 from fastlora_triton.launch import use_launcher
+from fastlora_triton.tiles import SMS as OF_CHIPS
 
-SMS = 132
+SMS = OF_CHIPS[90]
 LINE, SECTOR = 128, 32
 MB = 2**20
 SIZES = (25 * MB, 50 * MB, 2**62)

@@ -21,7 +21,7 @@ from fastlora.lora.patterns import describe, resolve
 from fastlora.lora.peft_format import load_adapter, load_b_mask
 from fastlora.model import BaseModel, load_base_model, select_device
 from fastlora.objectives import Objective, PolicyObjective, SupervisedObjective
-from fastlora.ops.registry import ImplementationError, triton_refuses
+from fastlora.ops.registry import ImplementationError, kernels_refuse
 from fastlora.optim import AdamW, learning_rates
 from fastlora.rewards.registry import Rewards, load_rewards
 from fastlora.rollout.replay import RecordingSampler, ReplaySampler
@@ -55,8 +55,8 @@ def build(config: RunConfig, console: Console) -> Parts:
     Raises ConfigError, ImplementationError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at
     fault.
     """
-    if config.trainer.implementation == "triton" and (reason := triton_refuses(select_device(config.model))):
-        raise ImplementationError(f"trainer.implementation = 'triton' cannot run: {reason}; 'auto' takes what can")
+    if reason := kernels_refuse(config.trainer.implementation, select_device(config.model)):
+        raise ImplementationError(f"trainer.implementation = '{config.trainer.implementation}' cannot run: {reason}; 'auto' takes what can")
     rates = learning_rates(config.optim, config.optimizer_steps)
     bound_gemm_caches()
     keep_freed_memory()

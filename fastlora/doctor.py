@@ -49,7 +49,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "library on a GPU": {"liger": "Liger", "flex": "flex_attention", "flash": "FlashAttention"},
 }
 """Heading of the matrix -> implementation -> what to call it there."""
-LIBRARIES = ("liger", "flex", "flash")
+LIBRARIES = tuple(COLUMNS["library on a GPU"])
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import FastloraError
-from fastlora.ops.registry import Dispatch
+from fastlora.ops.registry import ON_A_CPU, Dispatch
 
-RUN_ON_A_CPU = ("reference", "torch", "cpp")
 TESTED, COMPILED, NOT_RUN = "tested", "compiled, not run on a GPU", "not run on a GPU"
 
 _KERNELS = {
@@ -62,7 +61,7 @@ class Evidence:
         """Of one implementation of an op; None when the op does not list it."""
         if name not in dispatch.implementations:
             return None
-        if name in RUN_ON_A_CPU:
+        if name in ON_A_CPU:
             return TESTED
         if card := self._cards.get((dispatch.op, name)):
             return f"{TESTED} on {card}"

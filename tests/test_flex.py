@@ -7,8 +7,7 @@ import torch
 
 from fastlora import flex
 from fastlora.ops import packed_attention as op
-from fastlora.ops.registry import Implementation, dispatchers
-from tests.attention_reference import assert_is_the_reference
+from tests.attention_reference import assert_is_the_reference, let_run_here
 
 CPU = torch.device("cpu")
 SAMPLES = [arguments for arguments in op.sample_inputs(torch.float64, CPU) if len(arguments[0])]
@@ -18,9 +17,7 @@ SAMPLES = [arguments for arguments in op.sample_inputs(torch.float64, CPU) if le
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op's `flex` runs on the CPU. torch refuses gradients there, for want of a kernel; the formula in plain torch has them."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    for name in ("packed_attention", "packed_attention_backward"):
-        implementations = dispatchers[name].implementations
-        monkeypatch.setitem(implementations, "flex", Implementation("flex", implementations["flex"].run, lambda device, *args: None))
+    let_run_here(monkeypatch, "flex")
 
 
 @pytest.mark.usefixtures("_here")

@@ -305,16 +305,14 @@ class _TokenLevel(torch.autograd.Function):
 
         o = Options(*rest[NUM_TENSORS - 3 :])
         advantages_nt, old_nt, ref_nt, _, importance_nt = (None if x is None else x.contiguous() for x in rest[: NUM_TENSORS - 3])
-        kinds = {"cispo": kernels.CISPO, "sapo": kernels.SAPO}
-        estimators = {"k1": kernels.K1, "k2": kernels.K2, "k3": kernels.K3, "density": kernels.DENSITY}
         surrogate = kernels.Surrogate(
-            kinds.get(o.loss_type, kernels.CLIPPED).value,
+            kernels.kind_of(o.loss_type),
             o.epsilon,
             o.epsilon_high,
             math.inf if o.delta is None else o.delta,
             o.sapo_temperature_pos,
             o.sapo_temperature_neg,
-            estimators[o.kl_estimator].value if o.beta else 0,
+            kernels.estimator_of(o.kl_estimator) if o.beta else 0,
             o.beta,
             o.use_bias_correction_kl,
         )

@@ -22,6 +22,8 @@ from fastlora.errors import FastloraError
 NAMESPACE = "fastlora"
 NAMES = ("reference", "torch", "cpp", "triton", "cuda", "liger", "flex", "flash")
 """Implementations that can be asked for, besides `auto`."""
+ON_A_CPU = ("reference", "torch", "cpp")
+"""Those that run on every machine; all others are for a GPU."""
 TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 """A100; H100 and H200; B200: the rows of kernels/fastlora_triton/tiles.py, which this module cannot import where triton is missing."""
 
@@ -156,6 +158,12 @@ def tma_refuses(device: torch.device, *args: Any) -> str | None:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "it loads through the TMA, which this GPU (compute capability 8.0) does not have"
     return None
+
+
+def kernels_refuse(name: str, device: torch.device) -> str | None:
+    """Why no op can run this implementation on the device; None where some may, and for what is no kernel of ours."""
+    refuses = {"cpp": cpp_refuses, "triton": triton_refuses, "cuda": cuda_refuses}.get(name)
+    return refuses(device) if refuses else None
 
 
 @contextmanager

@@ -33,6 +33,16 @@ CLIPPED, CISPO, SAPO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 K1, K2, K3, DENSITY = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 
 
+def kind_of(loss_type: str) -> int:
+    """CLIPPED, CISPO or SAPO."""
+    return {"cispo": CISPO, "sapo": SAPO}.get(loss_type, CLIPPED).value
+
+
+def estimator_of(kl_estimator: str) -> int:
+    """K1 to DENSITY."""
+    return {"k1": K1, "k2": K2, "k3": K3, "density": DENSITY}[kl_estimator].value
+
+
 class Surrogate(NamedTuple):
     """Which token loss, and its numbers; names as in config.LossConfig."""
 

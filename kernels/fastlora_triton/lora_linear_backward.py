@@ -215,7 +215,7 @@ def _add_to(ptrs, values, mask):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What the launches of one group share."""
+    """Outputs, rank and scale of every module."""
 
     outs: tuple[int, ...]
     ranks: tuple[int, ...]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ import torch
 pytest.importorskip("triton", reason="bytes are counted from compiled Triton kernels")
 
 from bench import bytes as counted
-from bench import bytes_page, roofline
-from bench.bytes_floors import Floor, floors
+from bench import bytes_page, compile_gate, roofline
+from bench.bytes_floors import GROUPS, SMALLEST, Floor, floors
 from bench.compile_gate import MODELS, TOKENS
 from bench.eager import EagerOps
 from bench.l2 import Memory, counting
 from bench.race import REPOSITORY
 from bench.unfused import PeftGroup
+from fastlora_triton import lora_linear, lora_linear_backward
 
 ROWS = counted.read(counted.RESULTS / "bytes.json")
 ORDERS = counted.read(counted.RESULTS / "tile_orders.json")
@@ -102,3 +105,22 @@ def test_an_operation_that_is_not_known_is_named() -> None:
     x = torch.zeros(3)
     with EagerOps(), pytest.raises(NotImplementedError, match=r"aten.sort.*say in bench/eager.py"):
         x.sort()
+
+
+@pytest.mark.parametrize("module", [lora_linear, lora_linear_backward], ids=lambda module: module.__name__)
+def test_a_kernels_row_of_numbers_is_that_of_the_committed_results(module: ModuleType) -> None:
+    """Registers (the most that the baseline has) and bytes over compulsory, in the docstring of the kernels' file."""
+    registers = compile_gate.baselines()["3.9.0"]
+    lines = [line.split("|")[1:-1] for line in (module.__doc__ or "").splitlines() if re.match(r"\| \w+_kernel ", line)]
+    assert lines
+    for kernel, stated, _, ratios in ([cell.strip() for cell in line] for line in lines):
+        assert max(map(int, re.findall(r"\d+", stated))) == registers[f"{kernel} bf16"], kernel
+        found = [
+            f"{launch['dram_25'] / launch['compulsory']:.2f}"
+            for group in GROUPS
+            for row in ROWS
+            if (row["model"], row["case"], row["side"]) == (SMALLEST, f"{group} r 32", "fastlora")
+            for launch in row["launches"]
+            if launch["kernel"] == kernel
+        ]
+        assert ratios == ", ".join(found), kernel

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.test_ops import fresh
 from fastlora.lora.packed import join_weights
-from fastlora.ops.registry import OpSpec, dispatchers
-from tests.ops.implementations import ON_A_CPU, op_specs
+from fastlora.ops.registry import ON_A_CPU, OpSpec, dispatchers
+from tests.ops.implementations import op_specs
 
 Arguments = tuple[Any, ...]
 """Of an op, by position."""

@@ -19,8 +19,6 @@ from fastlora import extension
 from fastlora.ops.registry import OpSpec, use_implementation
 from tests.tolerances import KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
-ON_A_CPU = ("reference", "torch", "cpp")
-"""Implementations that run on every machine; all others are for a GPU."""
 ALL_INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512bf16")
 INSTRUCTION_SETS = () if extension.missing() else ALL_INSTRUCTION_SETS[: ALL_INSTRUCTION_SETS.index(extension.instruction_set()) + 1]
 """Those of this processor, the least first."""

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora.ops
 from fastlora import extension
-from fastlora.ops.registry import ImplementationError, OpSpec, dispatchers, implementation_counts, use_implementation
-from tests.ops.implementations import CPP, ON_A_CPU, PooledErrors, Variant, needs_extension, op_specs, running, threads
+from fastlora.ops.registry import ON_A_CPU, ImplementationError, OpSpec, dispatchers, implementation_counts, use_implementation
+from tests.ops.implementations import CPP, PooledErrors, Variant, needs_extension, op_specs, running, threads
 from tests.tolerances import FP64_EXACT, KERNEL_ERROR_FACTOR, KERNEL_ERROR_FLOOR
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
