@@ -194,8 +194,8 @@ class LossConfig(Section):
     modes a second pass over the head."""
     sampler_correction_max: Annotated[float, Field(gt=0.0)] | None = 3.0
     """Upper bound of that ratio; None = none (TRL's vllm_importance_sampling_clip_max)."""
-    sampler_correction_min: Annotated[float, Field(ge=0.0)] | None = None
-    """Lower bound of that ratio; None = none (TRL's vllm_importance_sampling_clip_min)."""
+    sampler_correction_min: Annotated[float, Field(ge=0.0)] = 0.0
+    """Lower bound of that ratio; 0 = none (TRL's vllm_importance_sampling_clip_min)."""
     renormalize_top_p: bool = False
     """rollout.top_p < 1: log-probabilities and entropies of the distribution renormalised over the nucleus, which is what is sampled from,
     instead of the full softmax (fastlora/ops/nucleus_rows.py). Behaviour and reference policy alike."""
@@ -352,6 +352,7 @@ def _impossibilities(c: RunConfig) -> list[str]:
     grpo = c.objective == "grpo"
     samples = c.rollout.num_prompts * (c.rollout.num_generations if grpo else 1)
     weights, sampler = c.reward.weights, c.rollout.sampler
+    mode, low, high = c.loss.sampler_correction, c.loss.sampler_correction_min, c.loss.sampler_correction_max
     checks = [
         (
             grpo and c.rollout.num_generations == 1 and c.advantage.scale_rewards == "group",
@@ -377,7 +378,25 @@ def _impossibilities(c: RunConfig) -> list[str]:
             (sampler == "replay") != (c.rollout.replay_path is not None),
             "rollout.sampler = 'replay' and rollout.replay_path go together: give both or neither",
         ),
-        *_impossible_corrections(c),
+        (
+            mode != "none" and c.sampler_is_trainer,
+            f"loss.sampler_correction = '{mode}' corrects for a sampler that is not the trainer, and rollout.sampler = "
+            f"'{sampler}' is the trainer's own model; set loss.sampler_correction = 'none'",
+        ),
+        (
+            high is not None and low > high,
+            f"loss.sampler_correction_min = {low} is above loss.sampler_correction_max = {high}",
+        ),
+        (
+            mode.startswith("sequence") and c.loss.loss_type == "vespo",
+            f"loss.loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = '{mode}' cannot be; "
+            "use 'token_truncate' or 'token_mask'",
+        ),
+        (
+            c.loss.renormalize_top_p and c.rollout.top_p == 1.0,
+            "loss.renormalize_top_p = true does nothing with rollout.top_p = 1, where the nucleus is every token; lower top_p, or set it "
+            "false",
+        ),
         (
             c.data.source.startswith("reasoning_gym:") and c.data.train_size == 0,
             "data.train_size = 0 (all) is impossible: a reasoning-gym task generates as many problems as it is asked for",
@@ -401,36 +420,6 @@ def _impossibilities(c: RunConfig) -> list[str]:
         ),
     ]
     return [message for bad, message in checks if bad]
-
-
-def _impossible_corrections(c: RunConfig) -> list[tuple[bool, str]]:
-    """(impossible?, sentence) of the settings for a sampler that is not the trainer."""
-    mode, low, high = c.loss.sampler_correction, c.loss.sampler_correction_min, c.loss.sampler_correction_max
-    return [
-        (
-            mode != "none" and c.sampler_is_trainer,
-            f"loss.sampler_correction = '{mode}' corrects for a sampler that is not the trainer, and rollout.sampler = "
-            f"'{c.rollout.sampler}' is the trainer's own model; set loss.sampler_correction = 'none'",
-        ),
-        (
-            mode.endswith("truncate") and low is None and high is None,
-            f"loss.sampler_correction = '{mode}' needs a bound: give loss.sampler_correction_max or sampler_correction_min",
-        ),
-        (
-            low is not None and high is not None and low > high,
-            f"loss.sampler_correction_min = {low} is above loss.sampler_correction_max = {high}",
-        ),
-        (
-            mode.startswith("sequence") and c.loss.loss_type == "vespo",
-            f"loss.loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = '{mode}' cannot be; "
-            "use 'token_truncate' or 'token_mask'",
-        ),
-        (
-            c.loss.renormalize_top_p and c.rollout.top_p == 1.0,
-            "loss.renormalize_top_p = true does nothing with rollout.top_p = 1, where the nucleus is every token; lower top_p, or set it "
-            "false",
-        ),
-    ]
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), description: str = "") -> RunConfig:

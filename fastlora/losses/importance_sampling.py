@@ -44,8 +44,7 @@ def sampler_ratio(old_logp_nt: Tensor, batch: TrainBatch, config: LossConfig) ->
     ratio = raw_ratio(old_logp_nt, batch, config)
     if config.sampler_correction.endswith("truncate"):
         return ratio.clamp(low, high)
-    outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
-    return ratio.masked_fill(outside, 0.0)
+    return ratio.masked_fill((ratio < low) | (ratio > (math.inf if high is None else high)), 0.0)
 
 
 def raw_ratio(old_logp_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:

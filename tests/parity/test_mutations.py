@@ -104,7 +104,7 @@ def of_another_sample(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> 
 
 
 def without_the_lower_bound(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
-    return importance_sampling.sampler_ratio(old_nt, batch, config.model_copy(update={"sampler_correction_min": None}))
+    return importance_sampling.sampler_ratio(old_nt, batch, config.model_copy(update={"sampler_correction_min": 0.0}))
 
 
 def without_the_upper_bound(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:

@@ -248,7 +248,7 @@ def trl_arguments(config: LossConfig, advantage: AdvantageConfig) -> dict[str, A
         arguments |= {
             "vllm_importance_sampling_mode": config.sampler_correction,
             "vllm_importance_sampling_clip_max": config.sampler_correction_max,
-            "vllm_importance_sampling_clip_min": config.sampler_correction_min,
+            "vllm_importance_sampling_clip_min": config.sampler_correction_min or None,
         }
     return arguments
 
