@@ -129,7 +129,7 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "path without replay": ("[rollout]\nreplay_path = 'x'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
     "correction of the trainer itself": (
         "[loss]\nsampler_correction = 'token_mask'",
-        "sampler_correction = 'token_mask' corrects for a sampler that is not the trainer, and rollout.sampler = 'torch' is the trainer's own",
+        "sampler_correction = 'token_mask' corrects for a sampler that is not the trainer, and rollout.sampler = 'torch' is",
     ),
     "crossed bounds": ("[loss]\nsampler_correction_min = 4.0", "sampler_correction_min = 4.0 is above loss.sampler_correction_max = 3.0"),
     "vespo's own weight": (
