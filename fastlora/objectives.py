@@ -174,9 +174,8 @@ class PolicyObjective:
         self._entropy_sum = self._entropy_tokens = 0.0
 
     def step_metrics(self) -> dict[str, float]:
-        """The mismatch, where the sampler is not the trainer; later passes over the batch would repeat the first."""
-        first_pass = self._scored[: self._config.steps_per_generation]
-        return mismatch_metrics(first_pass, self._config.loss) if first_pass else {}
+        """The mismatch, where the sampler is not the trainer. Every pass over the batch has the same, so that several do no harm."""
+        return mismatch_metrics(self._scored, self._config.loss) if self._scored else {}
 
     def state(self) -> dict[str, Any]:
         """The entropy control; `last_entropy` None stands for infinite."""
