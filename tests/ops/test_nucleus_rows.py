@@ -49,12 +49,13 @@ def test_the_nucleus_is_the_counted_one(shape: tuple[int, int], dtype: torch.dty
 
 @pytest.mark.parametrize("k", [(1,), (2, 5), (97,), (1000,)], ids=str)
 def test_the_floor_does_not_depend_on_what_is_looked_at_first(monkeypatch: pytest.MonkeyPatch, k: tuple[int, ...]) -> None:
-    """Sharp, flat and tied rows; some are done after the first k, some after a sort."""
+    """Sharp, flat and tied rows, five at a time; some are done after the first k, some after a sort."""
     z_tv = _logits(64, 97, torch.float64) * torch.logspace(-2, 1, 64, dtype=torch.float64)[:, None]
     z_tv[::3] = z_tv[::3].round()
     with use_implementation("reference"):
         expected_t = nucleus_rows(z_tv, 1.0, 0.8)
     monkeypatch.setattr(op, "TOP_K", k)
+    monkeypatch.setattr(op, "SORTED_ELEMENTS", 5 * 97)
     assert torch.equal(nucleus_rows(z_tv, 1.0, 0.8), expected_t)
 
 
