@@ -1,0 +1,156 @@
+"""Weights on their way into the engine: one flat file that trainer and engine share (on tmpfs: memory), and the list of what is where.
+
+    weights.bin     tensor after tensor in the engine's dtype, row by row, each from a multiple of ALIGNMENT bytes on
+    weights.json    version, dtype, complete, [[name, shape, offset in bytes, checksum], ...]
+
+Names are Hugging Face's. A checksum is the CRC-32 of a tensor's bytes; the engine makes it before it loads and again from what its kernels
+multiply by. No −0 is written, only +0: an engine on a CPU keeps its weights packed and shows them by a product with the identity, which
+cannot tell the two apart (and neither can a model's output).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.atomic import atomic_write_text, naming_disk_full
+from fastlora.errors import FastloraError
+
+DATA_FILE, INDEX_FILE = "weights.bin", "weights.json"
+
+ALIGNMENT = 64
+"""Bytes: a cache line; more than any dtype needs to be viewed in place."""
+
+CHUNK = 1 << 18
+"""Elements that are rounded, summed up and written at a time: they stay in the cache (1 MiB of float32)."""
+
+
+class WeightFileError(FastloraError, ValueError):
+    """Weights that are incomplete, damaged or not for this engine; the message names the tensor. The engine still holds what it held."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes."""
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """What the file holds."""
+
+    version: str
+    dtype: torch.dtype
+    complete: bool
+    """The whole model: an engine that needs one more tensor refuses it. Otherwise the engine keeps what is not named."""
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Name -> checksum: what the engine must hold after the update."""
+        return {stored.name: stored.checksum for stored in self.tensors}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        ends = [stored.offset + torch.Size(stored.shape).numel() * self.dtype.itemsize for stored in self.tensors]
+        return max(ends, default=0)
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, version: str, complete: bool
+) -> WeightIndex:
+    """Writes (name, tensor) pairs, rounded to `dtype`, in one pass. Raises WeightFileError for a name that comes twice, DiskFullError.
+
+    The file's memory is used again by the next version (538 MB cost .1 s instead of .4): no engine may be reading, that is, the last
+    `send_weights` is over. A writer that is killed leaves no index, and a file without an index is not read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index_file = folder / INDEX_FILE
+    index_file.unlink(missing_ok=True)
+    stored: dict[str, StoredTensor] = {}
+    buffer = torch.empty(CHUNK, dtype=dtype)
+    path = folder / DATA_FILE
+    path.touch(mode=0o600)
+    with naming_disk_full(path, "the engine still holds what it held"), path.open("r+b", buffering=0) as file:
+        for name, tensor in tensors:
+            if name in stored:
+                raise WeightFileError(f"{name} comes twice in the weights of version {version}")
+            offset = file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+            checksum = 0
+            for chunk in tensor.detach().reshape(-1).split(CHUNK):
+                rounded = buffer[: len(chunk)].copy_(chunk).add_(0.0)  # −0 + 0 = +0
+                data = rounded.view(torch.uint8).numpy()
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            stored[name] = StoredTensor(name, tuple(tensor.shape), offset, checksum)
+        file.truncate()
+    index = WeightIndex(version, dtype, complete, tuple(stored.values()))
+    entries = [[t.name, t.shape, t.offset, t.checksum] for t in index.tensors]
+    document = {"version": version, "dtype": str(dtype).removeprefix("torch."), "complete": complete, "tensors": entries}
+    atomic_write_text(index_file, json.dumps(document))
+    return index
+
+
+def read_index(folder: Path) -> WeightIndex:
+    """Raises WeightFileError when there is none: never written, or its writer was killed."""
+    try:
+        document = json.loads((folder / INDEX_FILE).read_text())
+    except FileNotFoundError as error:
+        raise WeightFileError(f"{folder} holds no finished weights: {INDEX_FILE} is missing; write them again") from error
+    tensors = tuple(StoredTensor(name, tuple(shape), offset, checksum) for name, shape, offset, checksum in document["tensors"])
+    return WeightIndex(document["version"], getattr(torch, document["dtype"]), document["complete"], tensors)
+
+
+def read_weights(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
+    """The index and views of the mapped file, every checksum verified. Raises WeightFileError naming the tensor that is cut off or damaged."""
+    index, path = read_index(folder), folder / DATA_FILE
+    found = path.stat().st_size
+    if found < index.size:
+        cut = next(t.name for t in index.tensors if t.offset + torch.Size(t.shape).numel() * index.dtype.itemsize > found)
+        raise WeightFileError(f"{path} of version {index.version} has {found} bytes, its index needs {index.size}: cut off at {cut}")
+    data = torch.from_file(str(path), shared=True, size=found, dtype=torch.uint8)
+    tensors = {}
+    for stored in index.tensors:
+        size = torch.Size(stored.shape).numel() * index.dtype.itemsize
+        tensors[stored.name] = data[stored.offset :][:size].view(index.dtype).view(stored.shape)
+        if checksum_of(tensors[stored.name]) != stored.checksum:
+            raise WeightFileError(f"{stored.name} in {path} of version {index.version} does not have the checksum of its index: damaged")
+    return index, tensors
+
+
+def checksum_of(tensor: Tensor) -> int:
+    """CRC-32 of the elements' bytes in row-major order, on any device."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def differing(expected: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
+    """Names of the tensors that the engine does not hold as `expected` (of WeightIndex.checksums) says."""
+    return [name for name, checksum in expected.items() if held.get(name) != checksum]
+
+
+def send_weights(call: Callable[[str, str, dict[str, Any] | None], Any], folder: Path, version: str) -> None:
+    """Has the engine load the weights of `folder`; requests in flight are finished before, with the old ones, and the prefix cache is emptied.
+
+    call: (verb, path, body) -> answer, raising when the engine refuses. vLLM itself keeps the blocks of the old weights in its prefix cache:
+    only the pause drops them.
+    """
+    call("POST", "/pause?mode=wait&clear_cache=true", None)
+    try:
+        call("POST", "/start_weight_update", {})
+        call("POST", "/update_weights", {"update_info": {"folder": str(folder), "version": version}})
+        call("POST", "/finish_weight_update", {"weight_version": version})
+    finally:
+        call("POST", "/resume", None)
