@@ -188,6 +188,22 @@ class WeightUpdateWorker:
     """Mixed into vLLM's Worker by --worker-extension-cls; called over /collective_rpc."""
 
     model_runner: Any
+    start_weight_update: Any
+    update_weights: Any
+    finish_weight_update: Any
+
+    def fastlora_update_weights(self, folder: str, version: str) -> str:
+        """vLLM's start, update and finish in one call. Returns why the file was refused, or "".
+
+        An answer and not an exception: vLLM makes any exception a status 500, which means a broken engine, and hangs up.
+        """
+        self.start_weight_update()
+        try:
+            self.update_weights({"folder": folder, "version": version})
+        except WeightFileError as error:
+            return str(error)
+        self.finish_weight_update()
+        return ""
 
     @torch.inference_mode()
     def fastlora_weight_checksums(self, names: list[str] | None = None) -> dict[str, int]:

@@ -141,16 +141,17 @@ def differing(expected: Mapping[str, int], held: Mapping[str, int]) -> list[str]
     return [name for name, checksum in expected.items() if held.get(name) != checksum]
 
 
-def send_weights(call: Callable[[str, str, dict[str, Any] | None], Any], folder: Path, version: str) -> None:
+def send_weights(call: Callable[[str, str, dict[str, Any]], Any], folder: Path, version: str) -> None:
     """Has the engine load the weights of `folder`; requests in flight are finished before, with the old ones, and the prefix cache is emptied.
 
-    call: (verb, path, body) -> answer, raising when the engine refuses. vLLM itself keeps the blocks of the old weights in its prefix cache:
-    only the pause drops them.
+    call: (verb, path, body) -> response with .json(), raising when the engine fails. Raises WeightFileError when the engine refuses the file
+    (it goes on with what it held). vLLM's own update leaves the keys and values of the old weights in the prefix cache: the pause drops them.
     """
-    call("POST", "/pause?mode=wait&clear_cache=true", None)
+    call("POST", "/pause?mode=wait&clear_cache=true", {})
     try:
-        call("POST", "/start_weight_update", {})
-        call("POST", "/update_weights", {"update_info": {"folder": str(folder), "version": version}})
-        call("POST", "/finish_weight_update", {"weight_version": version})
+        rpc = {"method": "fastlora_update_weights", "args": [str(folder), version]}
+        if refusal := call("POST", "/collective_rpc", rpc).json()["results"][0]:
+            raise WeightFileError(refusal)
+        call("POST", "/update_weight_version", {"new_version": version})
     finally:
-        call("POST", "/resume", None)
+        call("POST", "/resume", {})
