@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,15 @@ def _peft_config(adapter: PackedAdapter, base_model: str, scaling: str) -> dict[
     rslora = scaling == "alpha/sqrt(r)"
     alphas = {slot.name: slot.alpha if rslora else _alpha_for(slot.scale, slot.rank) for slot in adapter.slots.values()}
     first = next(iter(adapter.slots.values()))
+    return plain_lora_config(base_model, first.rank, alphas[first.name], list(adapter.slots)) | {
+        "use_rslora": rslora,
+        "rank_pattern": {anchored(slot.name): slot.rank for slot in adapter.slots.values()},
+        "alpha_pattern": {anchored(name): alpha for name, alpha in alphas.items()},
+    }
+
+
+def plain_lora_config(base_model: str, r: int, lora_alpha: float, target_modules: Sequence[str]) -> dict[str, Any]:
+    """PEFT's adapter_config.json of a LoRA without patterns."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,16 +85,14 @@ def _peft_config(adapter: PackedAdapter, base_model: str, scaling: str) -> dict[
         "bias": "none",
         "fan_in_fan_out": False,
         "lora_dropout": 0.0,
-        "r": first.rank,
-        "lora_alpha": alphas[first.name],
-        "use_rslora": rslora,
-        "target_modules": list(adapter.slots),
-        "rank_pattern": {_anchored(slot.name): slot.rank for slot in adapter.slots.values()},
-        "alpha_pattern": {_anchored(name): alpha for name, alpha in alphas.items()},
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "use_rslora": False,
+        "target_modules": list(target_modules),
     }
 
 
-def _anchored(name: str) -> str:
+def anchored(name: str) -> str:
     """A key that PEFT's `re.match(rf"(.*\\.)?({key})$", path)` lets match this path alone."""
     return "^" + re.escape(name)
 

@@ -1,0 +1,150 @@
+"""One vLLM server over HTTP: token ids in, token ids and processed log-probabilities out; adapters loaded and unloaded; errors by name.
+
+Own engines listen on a Unix socket, foreign ones on a URL; what is said is the same. `EngineGoneError` is worth a retry on a restarted
+engine or another server, `EngineRefusedError` is not: the same request would be refused again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from fastlora.rollout.sampler import SamplerError, SamplingParams
+
+BASE = "base"
+"""Name under which an own engine serves the model without an adapter."""
+
+TOP_LOGPROBS = 20
+"""Log-probabilities of the most likely tokens that a server gives without being told otherwise (vLLM's max_logprobs)."""
+
+CONNECT_SECONDS = 10.0
+
+
+class EngineGoneError(SamplerError):
+    """The engine is dead, hung, out of reach, or failed in the middle of a request."""
+
+
+class EngineRefusedError(SamplerError):
+    """The engine is alive and will not do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample."""
+
+    token_ids: list[int]
+    """The eos or the tokens of the stop string that ended it included."""
+    logprobs: list[float]
+    """Processed: temperature and nucleus applied."""
+    finished: bool
+    """Ended by eos or a stop string, not cut off."""
+
+
+class VllmClient:
+    """`where` names the server in every message."""
+
+    def __init__(self, where: str, *, socket: Path | None = None, api_key: str | None = None, request_timeout: float) -> None:
+        """where: base URL of the server, or with `socket` any name. request_timeout: seconds for one answer."""
+        self.where = where
+        transport = None if socket is None else httpx2.HTTPTransport(uds=str(socket))
+        self._http = httpx2.Client(
+            transport=transport,
+            base_url="http://engine" if socket else where,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx2.Timeout(request_timeout, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=None),
+            trust_env=False,  # a proxy for the outside world is none for a server on this machine or the next
+        )
+
+    def close(self) -> None:
+        """Drops the connections; requests in other threads end with EngineGoneError."""
+        self._http.close()
+
+    def healthy(self) -> bool:
+        """True when the server answers that its engine is alive."""
+        try:
+            return self._http.get("/health", timeout=CONNECT_SECONDS).status_code == 200
+        except (httpx2.HTTPError, OSError):
+            return False
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server serves: the base model first, then adapters."""
+        return self._call("GET", "/v1/models").json()["data"]
+
+    def complete(
+        self, model: str, prompt_ids: Sequence[int], params: SamplingParams, seed: int, stop_token_ids: Sequence[int]
+    ) -> list[Completion]:
+        """`params.num_generations` samples for one prompt. Raises EngineRefusedError when another model than `model` answered."""
+        answer = self._complete(
+            model,
+            prompt_ids,
+            n=params.num_generations,
+            seed=seed,
+            max_tokens=params.max_completion_length,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            stop=list(params.stop),
+            stop_token_ids=list(stop_token_ids),
+            include_stop_str_in_output=True,
+            logprobs=0,
+            return_token_ids=True,
+        )
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != params.num_generations:
+            raise EngineGoneError(f"{self.where} gave {len(choices)} of {params.num_generations} samples")
+        return [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"] == "stop") for c in choices]
+
+    def next_token_logprobs(self, model: str, prompt_ids: Sequence[int]) -> dict[int, float]:
+        """Log-probability of each of the TOP_LOGPROBS most likely next tokens, at temperature 1, by the path that sampling takes."""
+        answer = self._complete(
+            model, prompt_ids, max_tokens=1, temperature=1.0, top_p=1.0, seed=0, logprobs=TOP_LOGPROBS, return_tokens_as_token_ids=True
+        )
+        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(token.removeprefix("token_id:")): logp for token, logp in top.items()}
+
+    def _complete(self, model: str, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+        answer = self._call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}).json()
+        if answer["model"] != model:
+            raise EngineRefusedError(f"{self.where} answered for model {answer['model']} when asked for {model}; its samples are dropped")
+        return answer
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Loads an adapter from a folder that the server sees; after this every request may name it."""
+        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; the slot is freed when the next one needs it."""
+        self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def worker(self, method: str, *args: Any) -> Any:
+        """Calls a method of FastloraWorker (own engines only)."""
+        return self._call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]
+
+    def _call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
+        """Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError: a status from 400 on."""
+        try:
+            response = self._http.request(verb, path, json=body)
+        except httpx2.TimeoutException as error:
+            raise EngineGoneError(f"{self.where} did not answer {path} in time ({type(error).__name__})") from error
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
+            raise EngineGoneError(f"{self.where} is out of reach: {path}: {error}") from error
+        if response.status_code >= 500:
+            raise EngineGoneError(f"{self.where} failed with {response.status_code} on {path}: {_message(response)}")
+        if response.status_code >= 400:
+            raise EngineRefusedError(f"{self.where} refused {path} with {response.status_code}: {_message(response)}")
+        return response
+
+
+def _message(response: httpx2.Response) -> str:
+    """The server's own words, in one line."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+    text = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(text).split())[:500]

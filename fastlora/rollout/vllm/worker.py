@@ -1,0 +1,90 @@
+"""What runs inside vLLM's worker process: adapters from shared memory, checksums of what the kernels read. `--worker-extension-cls`.
+
+The client calls these methods over HTTP (/collective_rpc). They take and return what JSON can carry.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.request import LoRARequest
+
+from fastlora.rollout.vllm.adapter_memory import INDEX_FILE, checksum, read_shared
+
+
+class FastloraWorker:
+    """Mixed into vLLM's Worker, whose attributes it uses."""
+
+    model_runner: Any
+    fastlora_ids: dict[str, int]
+    """Name of every adapter that was loaded -> vLLM's number for it."""
+
+    def fastlora_prepare(self) -> dict[str, Any]:
+        """Once after the start: the loader, and the CPU fix where the device is a CPU. What it did."""
+        manager = self.model_runner.lora_manager
+        self.fastlora_ids = {}
+        from_files = manager._load_adapter
+
+        def load(request: LoRARequest) -> LoRAModel:
+            shared = Path(request.lora_path)
+            adapter = _from_memory(request, shared) if (shared / INDEX_FILE).is_file() else from_files(request)
+            self.fastlora_ids[request.lora_name] = request.lora_int_id
+            return adapter
+
+        manager._load_adapter = load
+        on_cpu = manager.device.type == "cpu"
+        if on_cpu:
+            from fastlora.rollout.vllm import cpu_lora  # imports vLLM's CPU kernels
+
+            cpu_lora.install()
+        return {"device": str(manager.device), "cpu_lora": on_cpu}
+
+    def fastlora_checksums(self, adapter: str, ranks: dict[str, int]) -> dict[str, list[int]]:
+        """Module -> [checksum of A, checksum of B] of an adapter as it lies in the slots.
+
+        ranks: of the adapter's modules. What is absent has a slot of zeros; [-1, -1] stands for entries that are not 0 beyond the rank.
+        Raises KeyError when the adapter is in no slot.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        number = self.fastlora_ids.get(adapter)
+        if number is None or number not in manager.lora_index_to_id:
+            raise KeyError(f"adapter {adapter} is in no slot of the engine; the slots hold {manager.lora_index_to_id}")
+        slot = manager.lora_index_to_id.index(number)
+        found = {}
+        for module, layer in manager.modules.items():
+            if not isinstance(layer.lora_a_stacked, tuple):  # the embedding and the head, which fastlora does not adapt
+                continue
+            for name, a, b in zip(_members(manager, module), layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+                rank = ranks.get(name, 0)
+                a_rd, b_nr = a[slot, 0], b[slot, 0]
+                if bool(a_rd[rank:].any()) or bool(b_nr[:, rank:].any()):
+                    found[name] = [-1, -1]
+                elif rank:
+                    found[name] = [checksum(a_rd[:rank]), checksum(b_nr[:, :rank])]
+        return found
+
+    def fastlora_adapters(self) -> dict[str, Any]:
+        """Numbers of the adapters in slots and in the cache, and this process's resident bytes."""
+        import psutil
+
+        manager = self.model_runner.lora_manager._adapter_manager
+        return {
+            "slots": list(manager.lora_index_to_id),
+            "cached": sorted(manager.list_adapters()),
+            "resident_bytes": psutil.Process().memory_info().rss,
+        }
+
+
+def _from_memory(request: LoRARequest, folder: Path) -> LoRAModel:
+    modules = read_shared(folder)
+    weights = {m.name: LoRALayerWeights(m.name, len(m.a_rd), len(m.a_rd), m.a_rd, m.b_nr, scaling=1.0) for m in modules}
+    return LoRAModel(request.lora_int_id, max(len(m.a_rd) for m in modules), weights)
+
+
+def _members(manager: Any, module: str) -> list[str]:
+    """The Hugging Face names of the slices of vLLM's module: qkv_proj -> q_proj, k_proj, v_proj."""
+    return manager.packed_modules.get(module, [module])
+
