@@ -27,7 +27,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from fastlora.rollout.vllm.weight_files import WeightFileError, WeightIndex, checksum_of, read_weights
+from fastlora.rollout.vllm.adapter_memory import checksum
+from fastlora.rollout.vllm.weight_files import WeightFileError, WeightIndex, read_weights
 
 BACKEND = "fastlora"
 
@@ -215,10 +216,10 @@ class WeightUpdateWorker:
             if names is not None and not set(names) & set(place.names):
                 continue
             for name, tensor in place.tensors(dtype).items():
-                found[name] = checksum_of(tensor)
+                found[name] = checksum(tensor)
             if any(place.module.get_parameter(place.parameter) is head.weight for head in heads):
                 [name], [rows] = place.names, place.rows
-                copies = {checksum_of(_read_back(head, place.row_shape[0], dtype)[:rows]) for head in heads}
+                copies = {checksum(_read_back(head, place.row_shape[0], dtype)[:rows]) for head in heads}
                 if copies != {found[name]}:
                     found[name] = TIED_COPIES_DIFFER
         return found

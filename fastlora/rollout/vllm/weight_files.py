@@ -22,13 +22,14 @@ from torch import Tensor
 
 from fastlora.atomic import atomic_write_text, naming_disk_full
 from fastlora.errors import FastloraError
+from fastlora.rollout.vllm.adapter_memory import checksum
 
 DATA_FILE, INDEX_FILE = "weights.bin", "weights.json"
 
 ALIGNMENT = 64
 """Bytes: a cache line; more than any dtype needs to be viewed in place."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 15
 """Elements that are rounded, summed up and written at a time: they stay in the cache (1 MiB of float32)."""
 
 
@@ -89,13 +90,13 @@ def write_weights(
             if name in stored:
                 raise WeightFileError(f"{name} comes twice in the weights of version {version}")
             offset = file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
-            checksum = 0
+            crc = 0
             for chunk in tensor.detach().reshape(-1).split(CHUNK):
                 rounded = buffer[: len(chunk)].copy_(chunk).add_(0.0)  # −0 + 0 = +0
                 data = rounded.view(torch.uint8).numpy()
-                checksum = zlib.crc32(data, checksum)
+                crc = zlib.crc32(data, crc)
                 file.write(data)
-            stored[name] = StoredTensor(name, tuple(tensor.shape), offset, checksum)
+            stored[name] = StoredTensor(name, tuple(tensor.shape), offset, crc)
         file.truncate()
     index = WeightIndex(version, dtype, complete, tuple(stored.values()))
     entries = [[t.name, t.shape, t.offset, t.checksum] for t in index.tensors]
@@ -110,7 +111,7 @@ def read_index(folder: Path) -> WeightIndex:
         document = json.loads((folder / INDEX_FILE).read_text())
     except FileNotFoundError as error:
         raise WeightFileError(f"{folder} holds no finished weights: {INDEX_FILE} is missing; write them again") from error
-    tensors = tuple(StoredTensor(name, tuple(shape), offset, checksum) for name, shape, offset, checksum in document["tensors"])
+    tensors = tuple(StoredTensor(name, tuple(shape), offset, crc) for name, shape, offset, crc in document["tensors"])
     return WeightIndex(document["version"], getattr(torch, document["dtype"]), document["complete"], tensors)
 
 
@@ -126,19 +127,14 @@ def read_weights(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
     for stored in index.tensors:
         size = torch.Size(stored.shape).numel() * index.dtype.itemsize
         tensors[stored.name] = data[stored.offset :][:size].view(index.dtype).view(stored.shape)
-        if checksum_of(tensors[stored.name]) != stored.checksum:
+        if checksum(tensors[stored.name]) != stored.checksum:
             raise WeightFileError(f"{stored.name} in {path} of version {index.version} does not have the checksum of its index: damaged")
     return index, tensors
 
 
-def checksum_of(tensor: Tensor) -> int:
-    """CRC-32 of the elements' bytes in row-major order, on any device."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-
-
 def differing(expected: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
     """Names of the tensors that the engine does not hold as `expected` (of WeightIndex.checksums) says."""
-    return [name for name, checksum in expected.items() if held.get(name) != checksum]
+    return [name for name, crc in expected.items() if held.get(name) != crc]
 
 
 def send_weights(call: Callable[[str, str, dict[str, Any]], Any], folder: Path, version: str) -> None:
