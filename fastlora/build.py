@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,6 +46,8 @@ class Parts:
     objective: Objective
     sampler: Sampler
     """The one that evaluates (and samples, unless rollouts are replayed)."""
+    engine: AbstractContextManager[object]
+    """Inside it the sampler works: vLLM's engine is started and ended by it."""
     rewards: Rewards
     train_examples: tuple[Example, ...]
     eval_examples: tuple[Example, ...]
@@ -68,16 +72,17 @@ def build(config: RunConfig, console: Console) -> Parts:
     rewards = load_rewards(config.reward)
     rewards.check([*train_examples, *eval_examples])
     adapter, flat = trainable(config, model, console)
-    sampler = TorchSampler(model, config.rollout.batch_size)
+    sampler, engine = _sampler(config, model, adapter, train_examples, console)
     objective: Objective
     if config.objective == "sft":
         objective = SupervisedObjective(config, model, train_examples)
     else:
-        objective = PolicyObjective(config, model, adapter, _training_sampler(config, sampler), rewards, train_examples)
+        objective = PolicyObjective(config, model, adapter, _training_sampler(config, sampler, model.device), rewards, train_examples)
     if config.trainer.gradient_checkpointing:
         model.module.gradient_checkpointing_enable({"use_reentrant": False})
         model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
-    return Parts(model, adapter, flat, AdamW(flat, config.optim), rates, objective, sampler, rewards, train_examples, eval_examples)
+    optimizer = AdamW(flat, config.optim)
+    return Parts(model, adapter, flat, optimizer, rates, objective, sampler, engine, rewards, train_examples, eval_examples)
 
 
 def _training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
@@ -155,10 +160,22 @@ def attach_saved(model: BaseModel, folder: Path) -> PackedAdapter:
     return adapter
 
 
-def _training_sampler(config: RunConfig, sampler: TorchSampler) -> Sampler:
+def _sampler(
+    config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, examples: Sequence[Example], console: Console
+) -> tuple[Sampler, AbstractContextManager[object]]:
+    """The live sampler, and what must be entered for it to work."""
+    if config.rollout.sampler != "vllm" or adapter is None:
+        return TorchSampler(model, config.rollout.batch_size), nullcontext()
+    from fastlora.rollout.vllm.build import build_vllm_sampler  # httpx2 and this package only where they are used
+
+    vllm = build_vllm_sampler(config, model, adapter, examples, console)
+    return vllm, vllm
+
+
+def _training_sampler(config: RunConfig, sampler: Sampler, device: torch.device) -> Sampler:
     """The sampler of the training rollouts: live, replayed, or live and recorded."""
     if config.rollout.replay_path:
-        return ReplaySampler(config.rollout.replay_path, sampler.device)
+        return ReplaySampler(config.rollout.replay_path, device)
     if config.rollout.record_path:
         return RecordingSampler(sampler, config.rollout.record_path)
     return sampler

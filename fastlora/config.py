@@ -115,8 +115,8 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Sampling of completions."""
 
-    sampler: Literal["torch", "replay"] = "torch"
-    """torch = Hugging Face model with a KV cache, in this process; replay = recorded rollouts from `replay_path`."""
+    sampler: Literal["torch", "vllm", "replay"] = "torch"
+    """torch = Hugging Face model with a KV cache, in this process; vllm = an engine or servers, see [vllm]; replay = from `replay_path`."""
     replay_path: Path | None = None
     """Folder of recorded rollouts, one safetensors file a step (sampler = "replay")."""
     record_path: Path | None = None
@@ -135,6 +135,29 @@ class RolloutConfig(Section):
     """Strings that end a completion (kept in its tokens)."""
     batch_size: Positive = 64
     """Completions decoded together."""
+
+
+class VllmConfig(Section):
+    """Sampling by vLLM (rollout.sampler = "vllm")."""
+
+    servers: tuple[str, ...] = ()
+    """URLs of running servers (http://host:8000), prompts are spread over them; () = an engine of our own, started, watched and stopped."""
+    api_key_variable: str = "VLLM_API_KEY"
+    """Environment variable with the servers' API key; unset = none is sent."""
+    adapter_folder: Path | None = None
+    """Folder that the servers see under the same path, for adapters on their way; None = one on this machine's tmpfs."""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 = sample step t + 1 while step t trains, from the policy before that step; 0 = sample, then train."""
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """GiB of the engine's KV cache; None = rollout.batch_size completions of full length (CPU), or vllm.gpu_share (GPU)."""
+    gpu_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.45
+    """Part of the GPU's memory for the engine: its weights, KV cache and adapter slots."""
+    max_restarts: NonNegative = 3
+    """Times that one rollout is saved from a dead, hung or refusing engine (or server) before the run stops, saved and resumable."""
+    start_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds until an engine that is started must answer."""
+    request_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds until a request counts as hung."""
 
 
 class RewardConfig(Section):
@@ -300,6 +323,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -355,6 +379,15 @@ def _impossibilities(c: RunConfig) -> list[str]:
         (
             (sampler == "replay") != (c.rollout.replay_path is not None),
             "rollout.sampler = 'replay' and rollout.replay_path go together: give both or neither",
+        ),
+        (
+            sampler == "vllm" and c.model.quantization != "none",
+            "rollout.sampler = 'vllm' would sample from the base model in full precision, and the trainer's is in 4 bits; "
+            "set model.quantization = 'none' or rollout.sampler = 'torch'",
+        ),
+        (
+            c.vllm != VllmConfig() and sampler != "vllm",
+            f"[vllm] is set, but rollout.sampler = {sampler!r}; set it to 'vllm' or remove the section",
         ),
         (
             c.data.source.startswith("reasoning_gym:") and c.data.train_size == 0,

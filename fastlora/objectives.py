@@ -216,6 +216,7 @@ def rollout_metrics(rollout: Rollout, rewarded: Rewarded) -> dict[str, float]:
     per_group = total_n.view(-1, rollout.num_generations)
     spread = per_group.nan_to_num(0.0).amax(1) - per_group.nan_to_num(0.0).amin(1)
     metrics = {
+        **rollout.metrics,
         "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
         "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
         "reward/frac_zero_std": float((spread == 0).float().mean()),

@@ -8,6 +8,8 @@ model and head, so that with the reference ops its bits are TRL's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -97,3 +99,20 @@ def score_padded(model: PreTrainedModel, batch: TrainBatch, temperature: float) 
     )
     logp_nl, entropy_nl = (values.view(scored.shape).masked_fill(~scored, 0) for values in (logp, entropy))
     return logp_nl[:, first:], entropy_nl[:, first:]
+
+
+@torch.no_grad()
+def next_token_logp(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """log softmax [p, v] in float32 of the token after each prompt, at temperature 1, by the packed forward pass that trains."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ends = lengths.cumsum(0)
+    device = model.get_output_embeddings().weight.device
+    hidden_td = model.base_model(
+        input_ids=torch.tensor([token for prompt in prompts for token in prompt], device=device)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device)[None],
+        attention_mask=PREPARED_MASK,
+        use_cache=False,
+        cu_seqlens=(0, *ends.tolist()),
+        roots=tuple(range(len(prompts))),
+    ).last_hidden_state[0]
+    return torch.log_softmax(model.get_output_embeddings()(hidden_td[(ends - 1).to(device)]).float(), dim=-1)

@@ -54,7 +54,7 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
 def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, checkpoint: Checkpoint | None) -> int:
     announce_peak(config, parts, console)
     base_hash = weights_hash(parts.model.module) if config.method == "lora" else None
-    with parts.rewards, interruptible() as check_interrupt:
+    with parts.rewards, parts.engine, interruptible() as check_interrupt:
         before = _evaluation(config, parts, folder, "before", 0, console)
         trainer = Trainer(config, parts, folder, checkpoint)
         first = 1 if checkpoint is None else checkpoint.step + 1

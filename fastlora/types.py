@@ -14,6 +14,7 @@ A stage reads a record and returns a new one; it never writes into the one it wa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -60,6 +61,8 @@ class Rollout:
     """Decoded completions, special tokens removed."""
     adapter_version: int
     """Number of optimizer steps behind the policy that sampled this."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the sampler measured on the way: seconds of the swap, the canary's finding."""
 
     @property
     def num_tokens(self) -> int:

@@ -2,8 +2,8 @@
 
     A_m [r_m, d_m]        s_m B_m [n_m, r_m]        y = W x + (s_m B_m) (A_m x)
 
-vLLM up to 0.31 reads neither rank_pattern nor alpha_pattern and applies one α/r to all modules: up to 15 × too much (192 of 210 modules of a
-mixed adapter). Folded in float32 and rounded once, no reader can get the scale wrong.
+vLLM up to 0.31 reads neither rank_pattern nor alpha_pattern and applies one α/r to all modules: wrong in 192 of 210 modules of a mixed
+adapter, by up to 15 ×. Folded in float32 and rounded once, no reader can get the scale wrong.
 
 The files say r = lora_alpha = the largest rank, and for modules of another rank both patterns with the module's rank: whoever reads the
 patterns computes r_m / r_m = 1, whoever ignores them r / r = 1. PEFT needs them for the shapes.

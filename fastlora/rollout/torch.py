@@ -20,7 +20,8 @@ from fastlora.lora.groups import frozen_adapters
 from fastlora.model import BaseModel
 from fastlora.ops.sample_rows import inverse_transform, sample_rows
 from fastlora.prompt import encode
-from fastlora.rollout.sampler import SamplingParams, pad_left, pad_right
+from fastlora.rollout.assemble import assemble
+from fastlora.rollout.sampler import SamplingParams
 from fastlora.types import Example, Rollout
 
 
@@ -30,11 +31,6 @@ class TorchSampler:
     def __init__(self, model: BaseModel, batch_size: int) -> None:
         """batch_size: completions decoded together (memory: their KV cache)."""
         self._model, self._batch_size = model, batch_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors of its rollouts are."""
-        return self._model.device
 
     @torch.no_grad()
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
@@ -48,7 +44,7 @@ class TorchSampler:
             for first in range(0, len(prompts), per_batch):
                 block = slice(first * params.num_generations, (first + per_batch) * params.num_generations)
                 completions += self._decode(prompts[first : first + per_batch], params, uniforms[block])
-        return self._rollout(examples, prompts, completions, params, adapter_version)
+        return assemble(self._model, examples, prompts, completions, adapter_version)
 
     def _decode(self, prompts: Sequence[Tensor], params: SamplingParams, uniforms_nt: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
         """(token ids, log-probabilities, finished) of every sample of some prompts."""
@@ -103,32 +99,6 @@ class TorchSampler:
             texts = self._model.tokenizer.batch_decode(ids_nt)
             ended |= torch.tensor([any(stop in text for stop in params.stop) for text in texts], device=ids_nt.device)
         return ended
-
-    def _rollout(
-        self,
-        examples: Sequence[Example],
-        prompts: Sequence[Tensor],
-        completions: Sequence[tuple[Tensor, Tensor, bool]],
-        params: SamplingParams,
-        adapter_version: int,
-    ) -> Rollout:
-        prompt_ids, prompt_mask = pad_left([p for p in prompts for _ in range(params.num_generations)], self._model.pad_id)
-        completion_ids, completion_mask = pad_right([ids for ids, _, _ in completions], self._model.pad_id, torch.long)
-        sampler_logp, _ = pad_right([logp for _, logp, _ in completions], 0.0, torch.float32)
-        texts = self._model.tokenizer.batch_decode([ids for ids, _, _ in completions], skip_special_tokens=True)
-        device = self._model.device
-        return Rollout(
-            examples=tuple(examples),
-            num_generations=params.num_generations,
-            prompt_ids_np=prompt_ids.to(device),
-            prompt_mask_np=prompt_mask.to(device),
-            completion_ids_nt=completion_ids.to(device),
-            completion_mask_nt=completion_mask.to(device),
-            sampler_logp_nt=sampler_logp.to(device),
-            finished_n=torch.tensor([done for _, _, done in completions], device=device),
-            texts=tuple(texts),
-            adapter_version=adapter_version,
-        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An adapter in memory that two processes share: one flat file on tmpfs and the list of what is where. The engine maps it, nobody parses it.
+"""An adapter in memory that two processes share: one flat file on tmpfs, which the engine maps, and the list of what is where.
 
     adapter.bin     A [r, d] and s B [n, r] of module after module, in the engine's dtype
     adapter.json    [[module, r, d, n, checksum of A, checksum of B], ...], dtype
@@ -32,7 +32,7 @@ class SharedModule:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the elements' bytes in row-major order, on any device."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def checksums(adapter: FoldedAdapter) -> dict[str, tuple[int, int]]:

@@ -98,10 +98,17 @@ class VllmClient:
             raise EngineGoneError(f"{self.where} gave {len(choices)} of {params.num_generations} samples")
         return [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"] == "stop") for c in choices]
 
-    def next_token_logprobs(self, model: str, prompt_ids: Sequence[int]) -> dict[int, float]:
-        """Log-probability of each of the TOP_LOGPROBS most likely next tokens, at temperature 1, by the path that sampling takes."""
+    def next_token_logprobs(self, model: str, prompt_ids: Sequence[int], temperature: float = 1.0) -> dict[int, float]:
+        """Log-probability of each of the TOP_LOGPROBS most likely next tokens, by the path that sampling takes."""
         answer = self._complete(
-            model, prompt_ids, max_tokens=1, temperature=1.0, top_p=1.0, seed=0, logprobs=TOP_LOGPROBS, return_tokens_as_token_ids=True
+            model,
+            prompt_ids,
+            max_tokens=1,
+            temperature=temperature,
+            top_p=1.0,
+            seed=0,
+            logprobs=TOP_LOGPROBS,
+            return_tokens_as_token_ids=True,
         )
         top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): logp for token, logp in top.items()}
@@ -113,8 +120,16 @@ class VllmClient:
         return answer
 
     def load_adapter(self, name: str, path: Path) -> None:
-        """Loads an adapter from a folder that the server sees; after this every request may name it."""
-        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        """Loads an adapter from a folder that the server sees; after this every request may name it.
+
+        Raises EngineRefusedError for an adapter that it cannot load (vLLM says 500 to a damaged file, and lives on).
+        """
+        try:
+            self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        except EngineGoneError as error:
+            if not self.healthy():
+                raise
+            raise EngineRefusedError(f"{error} (adapter {name})") from None
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; the slot is freed when the next one needs it."""

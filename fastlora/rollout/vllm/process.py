@@ -7,7 +7,6 @@ trainer alone, and dies with the trainer (serve.py).
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastlora.rollout.sampler import SamplerError
@@ -62,7 +62,7 @@ class EngineProcess:
             raise EngineGoneError("the engine is not running")
         return self._process.pid
 
-    def start(self, check_interrupt: Callable[[], None] = lambda: None) -> VllmClient:
+    def start(self) -> VllmClient:
         """Starts the process and waits until it serves. Raises EngineStartError with the end of its log when it cannot."""
         self.stop()
         self._folder = Path(tempfile.mkdtemp(prefix="fastlora-vllm-"))
@@ -78,16 +78,15 @@ class EngineProcess:
         os.close(read)
         self.client = VllmClient("vLLM's engine", socket=socket, request_timeout=self._request_timeout)
         try:
-            self._wait(self.client, check_interrupt)
+            self._wait(self.client)
         except BaseException:
             self.stop()
             raise
         return self.client
 
-    def _wait(self, client: VllmClient, check_interrupt: Callable[[], None]) -> None:
+    def _wait(self, client: VllmClient) -> None:
         deadline = time.monotonic() + self._start_timeout
         while not client.healthy():
-            check_interrupt()
             if self._process is not None and (status := self._process.poll()) is not None:
                 raise EngineStartError(f"vLLM's engine ended with status {status} while starting{self.log_tail()}")
             if time.monotonic() > deadline:
@@ -118,14 +117,10 @@ class EngineProcess:
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the process, which tells its children; then SIGKILL to whoever is left in the group."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):  # hung, or stopped: SIGKILL does not ask
         process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass  # hung, or stopped: SIGKILL does not ask
-    try:
+    with suppress(ProcessLookupError):  # nobody was left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nobody was left
     process.wait()
 
 

@@ -87,4 +87,3 @@ def _from_memory(request: LoRARequest, folder: Path) -> LoRAModel:
 def _members(manager: Any, module: str) -> list[str]:
     """The Hugging Face names of the slices of vLLM's module: qkv_proj -> q_proj, k_proj, v_proj."""
     return manager.packed_modules.get(module, [module])
-

@@ -1,0 +1,279 @@
+"""Rollouts from vLLM: publish the policy, ask the canary, sample; retry what an engine lost.
+
+    begin(version)   new version?   fold the adapter ─► every server loads it ─► checksums, canary ─► old versions unloaded
+                     then           one request per prompt, spread over the servers, in the background ─► Rollout
+
+A request names the version, and the answer must name it too. A request in flight finishes on the version that it named: versions stay
+loaded until nobody uses them. When an engine dies, hangs or answers 5xx, the prompts that it owed are asked again, of it restarted or of
+another server, under the same version and the same seeds: no sample is lost, none is counted twice. After `max_restarts` of them in one
+rollout the error goes up, and the trainer saves what it has.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.lora.folded import fold
+from fastlora.lora.packed import PackedAdapter
+from fastlora.model import BaseModel
+from fastlora.policy import next_token_logp
+from fastlora.prompt import encode
+from fastlora.rollout.assemble import assemble
+from fastlora.rollout.sampler import SamplerError, SamplingParams
+from fastlora.rollout.vllm.adapter_memory import checksum
+from fastlora.rollout.vllm.canary import Canary
+from fastlora.rollout.vllm.client import Completion, EngineGoneError, EngineRefusedError
+from fastlora.rollout.vllm.policy import Policy, policy_of
+from fastlora.rollout.vllm.process import EngineStartError
+from fastlora.rollout.vllm.servers import Server
+from fastlora.types import Example, Rollout
+
+RETRIED = (EngineGoneError, EngineRefusedError, EngineStartError)
+"""What a restarted engine, or another server, may do better."""
+
+PAUSE_SECONDS = 1.0
+"""Before servers that all failed are asked again."""
+
+Metrics = defaultdict[str, float]
+
+CONCURRENT_REQUESTS = 256
+"""Prompts in flight; vLLM batches what it has."""
+
+
+@dataclass(slots=True)
+class Restarts:
+    """How often one rollout may still be saved."""
+
+    left: int
+    used: int = 0
+
+    def spend(self, error: SamplerError) -> None:
+        """Raises SamplerError when none is left."""
+        if not self.left:
+            raise SamplerError(f"{error}\nvllm.max_restarts = {self.used} attempts to go on did not help") from error
+        self.left, self.used = self.left - 1, self.used + 1
+
+
+class VllmSampler:
+    """Implements rollout.sampler.Sampler; a context manager: inside, the servers run."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        adapter: PackedAdapter,
+        servers: Sequence[Server],
+        canary: Canary,
+        *,
+        name: str,
+        folder: Path,
+        max_restarts: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """name: of the run, in adapters' names. folder: new, for adapters on their way, seen by every server; removed at the end.
+        say: told about what a person may want to know.
+        """
+        self._model, self._adapter, self._servers, self._canary = model, adapter, list(servers), canary
+        self._name, self._folder, self._max_restarts, self._say = name, folder, max_restarts, say
+        self._policies: dict[int, Policy] = {}
+        self._users: Counter[int] = Counter()
+        self._held: dict[str, set[int]] = {server.name: set() for server in servers}
+        self._lock = threading.RLock()  # of the four above, and of what is done to servers: a rollout may restart one while another begins
+        self._requests = ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="vllm-request")
+        self._rollouts = ThreadPoolExecutor(2, thread_name_prefix="vllm-rollout")  # one ahead of the trainer, one that evaluates
+
+    def __enter__(self) -> VllmSampler:
+        """Starts the servers and takes the base model's own gap as the canary's measure."""
+        try:
+            with self._adapter.disabled():
+                self._base_pv = self._score()
+            for server in self._servers:
+                server.start()
+                gap = self._canary.calibrate(self._base_pv, server.ask(server.base, self._canary.prompts))
+                self._say(f"{server.name}: the base model's log-probabilities differ from the trainer's by up to {gap:.2g} nats")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Ends engines first: what is in flight then fails at once instead of being waited for."""
+        for server in self._servers:
+            server.stop()
+        self._rollouts.shutdown(cancel_futures=True)
+        self._requests.shutdown(cancel_futures=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
+        """See rollout.sampler.Sampler. Raises CanaryError, or SamplerError when restarts did not help."""
+        return self.begin(examples, params, seed=seed, adapter_version=adapter_version).result()
+
+    def begin(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Future[Rollout]:
+        """The same in the background: when this returns, the servers hold this version, and the adapter may change."""
+        restarts = Restarts(self._max_restarts)
+        with self._lock:
+            policy, metrics = self._publish(adapter_version, restarts)
+            self._users[adapter_version] += 1
+        return self._rollouts.submit(self._collect, policy, list(examples), params, seed, restarts, metrics)
+
+    def _score(self) -> Tensor:
+        """The trainer's own log-probabilities after the canary's prompts."""
+        return next_token_logp(self._model.module, self._canary.prompts).cpu()
+
+    def _publish(self, version: int, restarts: Restarts) -> tuple[Policy, dict[str, float]]:
+        """The policy of `version`, on every server that lives, and what that took."""
+        flat = self._adapter.flat.data
+        if version in self._policies:
+            if checksum(flat) != self._policies[version].flat_checksum:
+                raise SamplerError(
+                    f"the adapter has changed and is still called version {version}: the engine would sample from the old one"
+                )
+            return self._policies[version], {}
+        self._retire()
+        metrics: Metrics = defaultdict(float)
+        with timed(metrics, "sampler/swap_seconds"):
+            adapter = fold(self._adapter, self._model.module.dtype)
+        with timed(metrics, "sampler/canary_seconds"):
+            before_pv = self._policies[max(self._policies)].expected_pv if self._policies else self._base_pv
+            policy = policy_of(version, self._name, adapter, flat, self._folder, self._score(), before_pv)
+        self._policies[version] = policy
+        self._ready(policy, restarts, metrics)
+        return policy, dict(metrics)
+
+    def _retire(self) -> None:
+        """Unloads the versions that nobody uses; the newest one's log-probabilities stay, for the next canary."""
+        for version in [version for version in self._policies if not self._users[version]]:
+            policy = self._policies[version] if version == max(self._policies) else self._policies.pop(version)
+            for server in self._servers:
+                if version in self._held[server.name]:
+                    self._held[server.name].discard(version)
+                    try:
+                        server.unload(policy)
+                    except RETRIED as error:
+                        self._lose(server, error)
+            shutil.rmtree(policy.folder, ignore_errors=True)
+
+    def _ready(self, policy: Policy, restarts: Restarts, metrics: Metrics) -> list[Server]:
+        """The servers that hold the policy, at least one. Raises CanaryError, or SamplerError when restarts did not help."""
+        while True:
+            ready, failure = [], None
+            for server in self._servers:
+                try:
+                    if policy.version not in self._held[server.name]:
+                        self._load(server, policy, metrics)
+                    ready.append(server)
+                except RETRIED as error:
+                    failure = error
+                    self._lose(server, error)
+            if ready:
+                return ready
+            assert failure is not None
+            restarts.spend(failure)
+            time.sleep(PAUSE_SECONDS)
+
+    def _load(self, server: Server, policy: Policy, metrics: Metrics) -> None:
+        """Swaps the policy in and asks the canary."""
+        if not server.alive():
+            self._say(f"starting {server.name} again")
+            server.start()
+        with timed(metrics, "sampler/swap_seconds"):
+            server.load(policy)
+        with timed(metrics, "sampler/canary_seconds"):
+            server.verify(policy)
+            said = server.ask(server.model(policy), self._canary.prompts)
+            finding = self._canary.check(policy, said, who=server.name, exact=server.exact)
+        self._held[server.name].add(policy.version)
+        if not finding.decided:
+            self._say(f"{server.name}, adapter version {policy.version}: {finding.undecided()}")
+        metrics["sampler/canary_max_abs"] = max(metrics["sampler/canary_max_abs"], finding.max_abs)
+        metrics["sampler/canary_tolerance"], metrics["sampler/canary_effect"] = finding.tolerance, finding.effect
+        metrics["sampler/canary_undecided"] += not finding.decided
+
+    def _lose(self, server: Server, error: SamplerError) -> None:
+        """Nothing that the server held counts any more."""
+        self._say(str(error))
+        self._held[server.name].clear()
+        server.lost()
+
+    def _collect(
+        self, policy: Policy, examples: list[Example], params: SamplingParams, seed: int, restarts: Restarts, metrics: dict[str, float]
+    ) -> Rollout:
+        """All samples of all prompts; in a thread of its own."""
+        start = time.perf_counter()
+        prompts = encode(self._model.tokenizer, [example.prompt for example in examples])
+        done: dict[int, list[Completion]] = {}
+        try:
+            while len(done) < len(prompts):
+                with self._lock:
+                    servers = self._ready(policy, restarts, defaultdict(float))
+                owed = [index for index in range(len(prompts)) if index not in done]
+                if failures := self._ask(servers, policy, prompts, owed, params, seed, done):
+                    with self._lock:
+                        for server, error in failures.items():
+                            self._lose(server, error)
+                    restarts.spend(next(iter(failures.values())))
+        finally:
+            with self._lock:
+                self._users[policy.version] -= 1
+        samples = [
+            (torch.tensor(one.token_ids), torch.tensor(one.logprobs), one.finished) for index in range(len(prompts)) for one in done[index]
+        ]
+        metrics = metrics | {"sampler/restarts": float(restarts.used), "sampler/sampling_seconds": time.perf_counter() - start}
+        return assemble(self._model, examples, [torch.tensor(ids) for ids in prompts], samples, policy.version, metrics)
+
+    def _ask(
+        self,
+        servers: Sequence[Server],
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        owed: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        done: dict[int, list[Completion]],
+    ) -> dict[Server, SamplerError]:
+        """Asks for the prompts `owed` and puts what comes into `done`; the servers that failed, with an error of each."""
+        waiting = {}
+        for place, index in enumerate(owed):
+            server = servers[place % len(servers)]
+            request = self._requests.submit(
+                server.client.complete, server.model(policy), prompts[index], params, prompt_seed(seed, index), self._model.eos_ids
+            )
+            waiting[request] = (server, index)
+        failures: dict[Server, SamplerError] = {}
+        for request in as_completed(waiting):
+            server, index = waiting[request]
+            try:
+                done[index] = request.result()
+            except RETRIED as error:
+                failures[server] = error
+        return failures
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """Of the samples of one prompt: a function of the rollout's seed and the prompt's place, whoever samples it and however often."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def timed(metrics: Metrics, name: str) -> Iterator[None]:
+    """Adds the seconds inside to `metrics[name]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        metrics[name] += time.perf_counter() - start

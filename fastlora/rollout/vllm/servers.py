@@ -1,0 +1,182 @@
+"""The two kinds of server behind one face: an engine of our own, and a vLLM that somebody else runs.
+
+A policy is published to a server as an adapter with a name, a number and a path that no other version has: vLLM 0.32 serves the prefix
+cache of an adapter that was replaced under its old name and path, and keeps the old weights under an old number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from fastlora.lora.folded import write_folded
+from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm.adapter_memory import write_shared
+from fastlora.rollout.vllm.canary import compare_checksums
+from fastlora.rollout.vllm.client import BASE, EngineGoneError, EngineRefusedError, VllmClient
+from fastlora.rollout.vllm.policy import Policy
+from fastlora.rollout.vllm.process import EngineProcess
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM 0.32 lets max_lora_rank be."""
+
+
+def max_lora_rank(largest: int) -> int:
+    """The smallest that holds the adapter: slots are padded to it. Raises SamplerError above 512."""
+    for allowed in MAX_LORA_RANKS:
+        if largest <= allowed:
+            return allowed
+    raise SamplerError(
+        f"the adapter's largest rank is {largest}; vLLM serves LoRA up to rank {MAX_LORA_RANKS[-1]}. Lower it in lora.rank_pattern, or "
+        "sample from a merged copy (vllm.weights = 'merged')"
+    )
+
+
+class Server(ABC):
+    """One vLLM."""
+
+    name: str
+    """For messages."""
+    base: str
+    """The base model's name there."""
+    exact: bool
+    """It can show what its kernels read."""
+
+    @property
+    @abstractmethod
+    def client(self) -> VllmClient: ...
+
+    @abstractmethod
+    def start(self) -> None:
+        """Makes it ready, without any adapter. Raises SamplerError."""
+
+    @abstractmethod
+    def alive(self) -> bool: ...
+
+    @abstractmethod
+    def stop(self) -> None:
+        """For good."""
+
+    @abstractmethod
+    def lost(self) -> None:
+        """It failed: an engine of our own is ended, so that `alive` says no; others may recover."""
+
+    @abstractmethod
+    def load(self, policy: Policy) -> None:
+        """Loads the adapter. Raises EngineGoneError, EngineRefusedError."""
+
+    @abstractmethod
+    def verify(self, policy: Policy) -> None:
+        """Compares bits, where that is possible (`exact`). Raises CanaryError."""
+
+    def model(self, policy: Policy) -> str:
+        """What requests under this policy ask for."""
+        return policy.model or self.base
+
+    def unload(self, policy: Policy) -> None:
+        """Forgets the adapter."""
+        if policy.model:
+            self.client.unload_adapter(policy.model)
+
+    def ask(self, model: str, prompts: list[list[int]]) -> list[dict[int, float]]:
+        """The log-probabilities of the most likely next tokens, per prompt."""
+        return [self.client.next_token_logprobs(model, prompt) for prompt in prompts]
+
+
+class OwnEngine(Server):
+    """Started, watched and stopped by us; adapters come from shared memory."""
+
+    name, base, exact = "vLLM's engine", BASE, True
+
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+
+    @property
+    def client(self) -> VllmClient:
+        if self._process.client is None:
+            raise EngineGoneError(f"{self.name} is not running")
+        return self._process.client
+
+    def start(self) -> None:
+        self._process.start().worker("fastlora_prepare")
+
+    def alive(self) -> bool:
+        return self._process.client is not None and self._process.client.healthy()
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def lost(self) -> None:
+        self._process.stop()
+
+    def load(self, policy: Policy) -> None:
+        if policy.model is None:
+            return
+        shared = policy.folder / "shared"
+        if not shared.is_dir():
+            write_shared(policy.adapter, shared)
+        self.client.load_adapter(policy.model, shared)
+
+    def verify(self, policy: Policy) -> None:
+        if policy.model is None:
+            return
+        found = self.client.worker("fastlora_checksums", policy.model, policy.adapter.ranks)
+        compare_checksums(policy.checksums, found, who=self.name, version=policy.version)
+
+
+class ForeignServer(Server):
+    """Somebody else's `vllm serve`; adapters come from PEFT files in a folder that it sees."""
+
+    exact = False
+
+    def __init__(self, url: str, api_key: str | None, *, request_timeout: float, needed_length: int, base_model: str) -> None:
+        """needed_length: tokens of the longest prompt and completion."""
+        self.name = url
+        self._client = VllmClient(url, api_key=api_key, request_timeout=request_timeout)
+        self._needed_length, self._base_model = needed_length, base_model
+
+    @property
+    def client(self) -> VllmClient:
+        return self._client
+
+    def start(self) -> None:
+        if not self._client.healthy():
+            raise EngineGoneError(f"{self.name} does not answer /health; is `vllm serve` running there?")
+        served = next(model for model in self._client.models() if model.get("parent") is None)
+        self.base = served["id"]
+        if served["max_model_len"] < self._needed_length:
+            raise EngineRefusedError(
+                f"{self.name} serves {self.base} with max_model_len {served['max_model_len']}; data.max_prompt_length + "
+                f"rollout.max_completion_length need {self._needed_length}"
+            )
+        self._refuse_raw_logprobs()
+
+    def _refuse_raw_logprobs(self) -> None:
+        """Raw log-probabilities ignore temperature and nucleus: those at temperature 2 are then the same as at 1."""
+        at_1, at_2 = (self._client.next_token_logprobs(self.base, [1, 2, 3, 4], temperature=temperature) for temperature in (1.0, 2.0))
+        common = at_1.keys() & at_2.keys()
+        if all(abs(at_1[token] - at_2[token]) < 1e-6 for token in common):
+            raise EngineRefusedError(
+                f"{self.name} reports raw log-probabilities, at temperature 2 the same as at 1; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
+
+    def alive(self) -> bool:
+        return self._client.healthy()
+
+    def stop(self) -> None:
+        self._client.close()
+
+    def lost(self) -> None:
+        """It is not ours to restart."""
+
+    def verify(self, policy: Policy) -> None:
+        """It cannot show its weights."""
+
+    def load(self, policy: Policy) -> None:
+        if policy.model is None:
+            return
+        folder = policy.folder / policy.model
+        if not folder.is_dir():
+            write_folded(policy.adapter, folder, base_model=self._base_model)
+        if policy.model not in {model["id"] for model in self._client.models()}:
+            self._client.load_adapter(policy.model, folder)
