@@ -20,15 +20,15 @@ from fastlora.nf4_linear import Nf4Linear
 
 @torch.no_grad()
 def merged_weights(adapter: PackedAdapter) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, W' [n, d]) of the groups that have an adapter; a copy in float32, or W itself where the rank is 0.
+    """(parameter name, W' [n, d]) of the groups that have an adapter: a copy in float32, or W itself where the rank is 0.
 
-    Members of rank 0 come too: vLLM keeps q, k, v (and gate, up) as one matrix and loads it whole. Inside `adapter.disabled()` every W comes
-    as it is: what takes a merged adapter out again. Raises AttachError for 4-bit weights.
+    Members of rank 0 come too: vLLM keeps q, k, v (and gate, up) as one matrix and loads it whole. Inside `adapter.disabled()` every W
+    comes as it is, which takes a merged adapter out again. Raises AttachError for 4-bit weights.
     """
     for group in adapter.groups:
         for name, layer in zip(group.names, group.layers, strict=True):
             if isinstance(layer, Nf4Linear):
-                raise AttachError(f"{name} has 4-bit weights: a merged copy would be another model; sample with the adapter beside the base")
+                raise AttachError(f"{name} has 4-bit weights, which the adapter was trained beside; a merged copy would be another model")
             weight_nd = layer.weight.detach()
             if group.enabled and name in adapter.slots:
                 b_nr, scale = adapter.b_rn(name).t(), adapter.slots[name].scale

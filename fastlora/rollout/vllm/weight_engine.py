@@ -43,7 +43,7 @@ IDENTITY_ROWS = 512
 class Place:
     """One parameter of one vLLM module, and the Hugging Face tensors that it consists of, from row 0 on."""
 
-    module: nn.Module
+    module: Any
     parameter: str
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -63,13 +63,14 @@ class Place:
 def places(model: nn.Module) -> list[Place]:
     """Where each tensor of the checkpoint lies; a head that is tied to the embedding has no place of its own."""
     found = []
-    fused = model.packed_modules_mapping
+    fused: Any = getattr(model, "packed_modules_mapping", {})
+    heads = set(_tied_heads(model))
     for path, module in model.named_modules():
         hf_path = path.removesuffix(".base_layer")  # LoRA wraps the layer
         parent, _, last = hf_path.rpartition(".")
         for parameter, value in module.named_parameters(recurse=False):
             if isinstance(module, VocabParallelEmbedding):
-                if _is_tied(model, module):
+                if module in heads:
                     continue
                 found.append(Place(module, parameter, (f"{hf_path}.{parameter}",), (module.org_vocab_size,), (module.embedding_dim,)))
             elif isinstance(module, LinearBase):
@@ -89,11 +90,7 @@ def _tied_heads(model: nn.Module) -> Iterator[ParallelLMHead]:
             yield module
 
 
-def _is_tied(model: nn.Module, module: nn.Module) -> bool:
-    return any(module is head for head in _tied_heads(model))
-
-
-def _read_back(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
+def _read_back(module: Any, width: int, dtype: torch.dtype) -> Tensor:
     """The matrix [n, width] that a layer multiplies by: its weight, or I Wᵀ where vLLM has packed it."""
     if not hasattr(module, "cpu_linear"):
         return module.weight
@@ -176,7 +173,8 @@ class FileWeightEngine(WeightTransferEngine):
         stored = {tensor.name: tensor.shape for tensor in index.tensors}
         for name, shape in stored.items():
             if shapes.get(name) != shape:
-                raise WeightFileError(f"version {index.version} has {name} {list(shape)}; the engine's model has {shapes.get(name, 'no such tensor')}")
+                own = shapes.get(name, "no such tensor")
+                raise WeightFileError(f"version {index.version} has {name} {shape}; the engine's model has {own}")
         # A module is loaded whole: vLLM would leave the rows of a slice that is missing uninitialised.
         touched = {place.module for place in self._places if stored.keys() & set(place.names)}
         needed = [p for p in self._places if index.complete or (p.module in touched and p.parameter == "weight")]
