@@ -28,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from fastlora.rollout.vllm.adapter_memory import checksum
-from fastlora.rollout.vllm.weight_files import WeightFileError, WeightIndex, read_weights
+from fastlora.rollout.vllm.weight_files import WeightFileError, WeightIndex, columns_of, read_weights
 
 BACKEND = "fastlora"
 
@@ -53,10 +53,14 @@ class Place:
         """Name -> shape of the tensor."""
         return {name: (rows, *self.row_shape) for name, rows in zip(self.names, self.rows, strict=True)}
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Name -> the tensor that the kernels read, in the model's dtype (vLLM widens some biases)."""
-        multiplied = self.parameter == "weight" and isinstance(self.module, LinearBase | ParallelLMHead)
-        whole = _read_back(self.module, self.row_shape[0], dtype) if multiplied else self.module.get_parameter(self.parameter).to(dtype)
+    def tensors(self, dtype: torch.dtype, part: int, parts: int) -> dict[str, Tensor]:
+        """Name -> the tensor that the kernels read, in the model's dtype (vLLM widens some biases); of a matrix the columns of a part."""
+        if self.row_shape and self.parameter == "weight" and isinstance(self.module, LinearBase | ParallelLMHead):
+            whole = _read_back(self.module, self.row_shape[0], dtype, part, parts)
+        else:
+            whole = self.module.get_parameter(self.parameter).to(dtype)
+            if self.row_shape:
+                whole = whole[:, columns_of(self.row_shape[0], part, parts)]
         return dict(zip(self.names, whole[: sum(self.rows)].split(self.rows), strict=True))
 
 
@@ -90,13 +94,13 @@ def _tied_heads(model: nn.Module) -> Iterator[ParallelLMHead]:
             yield module
 
 
-def _read_back(module: Any, width: int, dtype: torch.dtype) -> Tensor:
-    """The matrix [n, width] that a layer multiplies by: its weight, or I Wᵀ where vLLM has packed it."""
+def _read_back(module: Any, width: int, dtype: torch.dtype, part: int, parts: int) -> Tensor:
+    """Columns of the matrix [n, width] that a layer multiplies by: of its weight, or of I Wᵀ where vLLM has packed it."""
+    columns = columns_of(width, part, parts)
     if not hasattr(module, "cpu_linear"):
-        return module.weight
-    identity = torch.eye(width, dtype=dtype)
-    columns = [module.quant_method.apply(module, rows, None).t() for rows in identity.split(IDENTITY_ROWS)]
-    return torch.cat(columns, dim=1)
+        return module.weight[:, columns]
+    identity = torch.eye(width, dtype=dtype)[columns]
+    return torch.cat([module.quant_method.apply(module, rows, None).t() for rows in identity.split(IDENTITY_ROWS)], dim=1)
 
 
 @dataclass
@@ -205,19 +209,18 @@ class WeightUpdateWorker:
         return ""
 
     @torch.inference_mode()
-    def fastlora_weight_checksums(self, names: list[str] | None = None) -> dict[str, int]:
-        """Hugging Face name -> checksum of the tensor that the kernels read; of all, or of `names`. See TIED_COPIES_DIFFER."""
+    def fastlora_weight_checksums(self, names: list[str] | None = None, part: int = 0, parts: int = 1) -> dict[str, int]:
+        """Hugging Face name -> checksum of what the kernels read, of all or of `names`; see part_checksums and TIED_COPIES_DIFFER."""
         model, dtype = self.model_runner.get_model(), self.model_runner.model_config.dtype
         heads = list(_tied_heads(model))
         found = {}
         for place in places(model):
             if names is not None and not set(names) & set(place.names):
                 continue
-            for name, tensor in place.tensors(dtype).items():
-                found[name] = checksum(tensor)
+            found |= {name: checksum(tensor) for name, tensor in place.tensors(dtype, part, parts).items()}
             if any(place.module.get_parameter(place.parameter) is head.weight for head in heads):
                 [name], [rows] = place.names, place.rows
-                copies = {checksum(_read_back(head, place.row_shape[0], dtype)[:rows]) for head in heads}
+                copies = {checksum(_read_back(head, place.row_shape[0], dtype, part, parts)[:rows]) for head in heads}
                 if copies != {found[name]}:
                     found[name] = TIED_COPIES_DIFFER
         return found

@@ -88,9 +88,10 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         for name, tensor in tensors:
             if name in stored:
                 raise WeightFileError(f"{name} comes twice in the weights of version {version}")
+            on_cpu = tensor.detach().to(dtype).cpu() if tensor.is_cuda else tensor.detach()  # one transfer, of the rounded
             offset = file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
             crc = 0
-            for chunk in tensor.detach().reshape(-1).split(CHUNK):
+            for chunk in on_cpu.reshape(-1).split(CHUNK):
                 rounded = buffer[: len(chunk)].copy_(chunk).add_(0.0)  # −0 + 0 = +0
                 data = rounded.view(torch.uint8).numpy().data
                 crc = zlib.crc32(data, crc)
@@ -116,6 +117,14 @@ def read_index(folder: Path) -> WeightIndex:
 
 def read_weights(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
     """The index and views of the mapped file, every checksum verified. Raises WeightFileError naming a tensor cut off or damaged."""
+    index, tensors = _map(folder)
+    for stored in index.tensors:
+        if checksum(tensors[stored.name]) != stored.checksum:
+            raise WeightFileError(f"{stored.name} in {folder} of version {index.version} does not have the checksum of its index: damaged")
+    return index, tensors
+
+
+def _map(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
     index, path = read_index(folder), folder / DATA_FILE
     found = path.stat().st_size
     if found < index.size:
@@ -126,13 +135,26 @@ def read_weights(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
     for stored in index.tensors:
         size = torch.Size(stored.shape).numel() * index.dtype.itemsize
         tensors[stored.name] = data[stored.offset :][:size].view(index.dtype).view(stored.shape)
-        if checksum(tensors[stored.name]) != stored.checksum:
-            raise WeightFileError(f"{stored.name} in {path} of version {index.version} does not have the checksum of its index: damaged")
     return index, tensors
 
 
+def columns_of(width: int, part: int, parts: int) -> slice:
+    """The columns of a matrix that belong to part 0 <= part < parts; a matrix of fewer columns than parts belongs to each whole."""
+    return slice(part * width // parts, (part + 1) * width // parts) if width >= parts else slice(0, width)
+
+
+def part_checksums(folder: Path, part: int, parts: int) -> dict[str, int]:
+    """Name -> checksum of the columns of one part (of a vector: of all). With parts = 1 what WeightIndex.checksums says.
+
+    To be compared with the engine's own of the same part: a tensor that is missing, swapped or old is wrong in every part, and reading a
+    part back costs that part of the time.
+    """
+    _, tensors = _map(folder)
+    return {name: checksum(t[:, columns_of(t.shape[1], part, parts)] if t.ndim == 2 else t) for name, t in tensors.items()}
+
+
 def differing(expected: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
-    """Names of the tensors that the engine does not hold as `expected` (of WeightIndex.checksums) says."""
+    """Names of the tensors that the engine does not hold as `expected` (WeightIndex.checksums, part_checksums) says."""
     return [name for name, crc in expected.items() if held.get(name) != crc]
 
 

@@ -29,6 +29,7 @@ from fastlora.rollout.vllm.weight_files import (
     WeightFileError,
     WeightIndex,
     differing,
+    part_checksums,
     read_weights,
     send_weights,
     write_weights,
@@ -69,9 +70,9 @@ class Engine:
         send_weights(self.client._call, self.folder, version)
         return index
 
-    def held(self) -> dict[str, int]:
-        """Checksums of all tensors."""
-        return self.client.worker("fastlora_weight_checksums")
+    def held(self, part: int = 0, parts: int = 1) -> dict[str, int]:
+        """Checksums of all tensors, or of a part of their columns."""
+        return self.client.worker("fastlora_weight_checksums", None, part, parts)
 
     def version(self) -> str:
         """The stamp that vLLM shows."""
@@ -235,6 +236,8 @@ def test_checksums_name_what_is_wrong(engine: Engine, change: Callable[[dict[str
     _rewrite(engine.folder, change)
     send_weights(engine.client._call, engine.folder, "step-1")
     assert set(differing(index.checksums, engine.held())) == wrong
+    _rewrite(engine.folder, lambda current: current.update(tensors=[[t.name, t.shape, t.offset, t.checksum] for t in index.tensors]))
+    assert all(set(differing(part_checksums(engine.folder, part, 5), engine.held(part, 5))) == wrong for part in range(5))
 
 
 def test_checksums_see_an_old_version(engine: Engine) -> None:
@@ -246,6 +249,8 @@ def test_checksums_see_an_old_version(engine: Engine) -> None:
         weight.view(torch.int32)[3, 5] += 1
     now = write_weights(engine.folder, frozen_parameters(model), engine.dtype, version="step-2", complete=True)
     assert differing(now.checksums, engine.held()) == [f"{LAYER}.mlp.down_proj.weight"]
+    seen = [differing(part_checksums(engine.folder, part, 7), engine.held(part, 7)) for part in range(7)]
+    assert seen == [[f"{LAYER}.mlp.down_proj.weight"], *[[]] * 6]  # column 5 of 96 is in the first seventh
 
 
 def test_checksums_see_a_head_that_was_left_behind(engine: Engine) -> None:
