@@ -213,7 +213,7 @@ class WeightUpdateWorker:
         """Hugging Face name -> checksum of what the kernels read, of all or of `names`; see part_checksums and TIED_COPIES_DIFFER."""
         model, dtype = self.model_runner.get_model(), self.model_runner.model_config.dtype
         heads = list(_tied_heads(model))
-        found = {}
+        found: dict[str, int] = {}
         for place in places(model):
             if names is not None and not set(names) & set(place.names):
                 continue

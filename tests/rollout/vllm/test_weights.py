@@ -6,7 +6,6 @@ oracle is the Hugging Face model.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from fastlora.lora.merged import merged_weights
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import frozen_parameters
 from fastlora.rollout.vllm.client import EngineGoneError, VllmClient
-from fastlora.rollout.vllm.process import EngineProcess
 from fastlora.rollout.vllm.weight_files import (
     DATA_FILE,
     INDEX_FILE,
@@ -35,14 +33,9 @@ from fastlora.rollout.vllm.weight_files import (
     write_weights,
 )
 from tests.lora.adapters import attach_uneven
+from tests.rollout.vllm.engines import engine_process
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
-from tests.tolerances import BF16_ROUNDED_ONCE, FP32_ONE_ROUNDING, SAMPLER_FP32
-
-pytestmark = [
-    pytest.mark.xdist_group("vllm"),
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make setup-vllm`"),
-]
+from tests.tolerances import BF16_ROUNDED_ONCE, FP32_ONE_ROUNDING, SAMPLER_LOGP_FP32
 
 SERVED = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 """vLLM's attention on a CPU has no heads of 16."""
@@ -93,23 +86,20 @@ class Engine:
         return max(abs(logp - float(truth[row, token])) for row, token, logp in zip(rows, tokens, logprobs, strict=True))
 
 
-def _start(folder: Path, family: str, dtype: torch.dtype, *flags: str) -> Iterator[Engine]:
+WEIGHT_FLAGS = (
+    "--weight-transfer-config",
+    '{"backend":"fastlora"}',
+    "--worker-extension-cls",
+    "tests.rollout.vllm.planting.PlantingWorker",
+)
+
+
+def _start(folder: Path, family: str, dtype: torch.dtype, max_lora_rank: int | None) -> Iterator[Engine]:
     make_tiny_model(family, dtype=dtype, **SERVED).save_pretrained(folder / "model")
     make_tiny_tokenizer().save_pretrained(folder / "model")
-    settings = {
-        "--model": str(folder / "model"),
-        "--served-model-name": "base",
-        "--dtype": str(dtype).removeprefix("torch."),
-        "--max-model-len": "128",
-        "--block-size": "32",
-        "--kv-cache-memory-bytes": str(2**26),
-        "--logprobs-mode": "processed_logprobs",
-        "--generation-config": "vllm",
-        "--weight-transfer-config": '{"backend":"fastlora"}',
-        "--worker-extension-cls": "tests.rollout.vllm.planting.PlantingWorker",
-    }
-    words = [word for pair in settings.items() for word in pair]
-    process = EngineProcess([*words, "--enforce-eager", *flags], log=folder / "log", start_timeout=200, request_timeout=60)
+    name = str(dtype).removeprefix("torch.")
+    memory = ["--kv-cache-memory-bytes", str(64 << 20), *WEIGHT_FLAGS]
+    process = engine_process(folder / "model", folder / "log", dtype=name, max_lora_rank=max_lora_rank, memory=memory)
     try:
         yield Engine(process.start(), folder / "weights", family, dtype)
     finally:
@@ -119,7 +109,7 @@ def _start(folder: Path, family: str, dtype: torch.dtype, *flags: str) -> Iterat
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """float32, LoRA layers, tied head, biases on q, k, v."""
-    yield from _start(tmp_path_factory.mktemp("fp32"), "qwen2", torch.float32, "--enable-lora", "--max-lora-rank", "8")
+    yield from _start(tmp_path_factory.mktemp("fp32"), "qwen2", torch.float32, max_lora_rank=8)
 
 
 @pytest.fixture
@@ -137,9 +127,9 @@ def _move(adapter: PackedAdapter, seed: int) -> None:
 def test_full_update_gives_the_log_probs_of_the_updated_model(engine: Engine) -> None:
     """Also from a prompt whose blocks of the old weights are in the prefix cache; and the answer to /weight_info is the new version."""
     old, new = engine.model(0), engine.model(1)
-    assert engine.gap(old) <= SAMPLER_FP32 < engine.gap(new)
+    assert engine.gap(old) <= SAMPLER_LOGP_FP32 < engine.gap(new)
     index = engine.update(frozen_parameters(new), "step-7", complete=True)
-    assert engine.gap(new) <= SAMPLER_FP32 < engine.gap(old)
+    assert engine.gap(new) <= SAMPLER_LOGP_FP32 < engine.gap(old)
     assert engine.version() == "step-7"
     held = engine.held()
     assert not differing(index.checksums, held) and held.keys() == index.checksums.keys()
@@ -153,9 +143,9 @@ def test_vllms_own_update_leaves_stale_blocks_in_the_prefix_cache(engine: Engine
     engine.client._call("POST", "/start_weight_update", {})
     engine.client._call("POST", "/update_weights", {"update_info": {"folder": str(engine.folder), "version": "step-1"}})
     engine.client._call("POST", "/finish_weight_update", {"weight_version": "step-1"})
-    assert engine.gap(new) > SAMPLER_FP32
+    assert engine.gap(new) > SAMPLER_LOGP_FP32
     engine.client._call("POST", "/reset_prefix_cache")
-    assert engine.gap(new) <= SAMPLER_FP32
+    assert engine.gap(new) <= SAMPLER_LOGP_FP32
 
 
 def test_merged_copy_is_the_trainers_model_with_its_adapter(engine: Engine) -> None:
@@ -164,7 +154,7 @@ def test_merged_copy_is_the_trainers_model_with_its_adapter(engine: Engine) -> N
     adapter = attach_uneven(model, cast_to_input=False)
     before = {name: parameter.clone() for name, parameter in frozen_parameters(model)}
     index = engine.update(merged_weights(adapter), "step-1", complete=False)
-    assert engine.gap(model) <= SAMPLER_FP32 < engine.gap(engine.model(0))
+    assert engine.gap(model) <= SAMPLER_LOGP_FP32 < engine.gap(engine.model(0))
     held = engine.held()
     assert not differing(index.checksums, held) and index.checksums.keys() < held.keys()
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen_parameters(model))
@@ -181,7 +171,7 @@ def test_fifty_merges_leave_no_trace(engine: Engine) -> None:
     assert len({tuple(checksums.values()) for checksums in seen}) == 50 and differing(first, engine.held())
     with adapter.disabled():
         engine.update(merged_weights(adapter), "step-50", complete=False)
-    assert engine.held() == first and engine.gap(engine.model(0)) <= SAMPLER_FP32
+    assert engine.held() == first and engine.gap(engine.model(0)) <= SAMPLER_LOGP_FP32
     adapter.flat.data.zero_()
     engine.update(merged_weights(adapter), "step-51", complete=False)
     assert engine.held() == first
@@ -305,13 +295,13 @@ def test_bad_files_are_refused_by_name_and_change_nothing(engine: Engine, fault:
     plant(engine.folder)
     with pytest.raises(WeightFileError, match=message):
         send_weights(engine.client._call, engine.folder, "step-1")
-    assert engine.held() == held and engine.version() == "step-0" and engine.gap(engine.model(0)) <= SAMPLER_FP32
+    assert engine.held() == held and engine.version() == "step-0" and engine.gap(engine.model(0)) <= SAMPLER_LOGP_FP32
 
 
 @pytest.fixture(scope="module")
 def bf16_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """bfloat16, no LoRA, a head of its own."""
-    yield from _start(tmp_path_factory.mktemp("bf16"), "llama", torch.bfloat16)
+    yield from _start(tmp_path_factory.mktemp("bf16"), "llama", torch.bfloat16, max_lora_rank=None)
 
 
 def test_bfloat16(bf16_engine: Engine) -> None:
