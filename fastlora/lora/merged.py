@@ -2,8 +2,8 @@
 
     W'_m = W_m + s_m B_m A_m          [n, d], float32; rounded once, by whoever writes it, to the sampler's dtype
 
-Every copy starts from the frozen W of the trainer, never from an earlier copy: adding and subtracting in place changes 16.9 % of a bfloat16
-model's weights in one cycle. With B = 0 the copy is W, bit for bit, whatever was merged before.
+Every copy starts from the frozen W of the trainer, never from an earlier copy: adding and subtracting in place rounds twice and drifts.
+With B = 0 the copy is W, bit for bit, whatever was merged before.
 """
 
 from __future__ import annotations

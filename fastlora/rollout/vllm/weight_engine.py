@@ -54,14 +54,14 @@ class Place:
         return {name: (rows, *self.row_shape) for name, rows in zip(self.names, self.rows, strict=True)}
 
     def tensors(self, dtype: torch.dtype, part: int, parts: int) -> dict[str, Tensor]:
-        """Name -> the tensor that the kernels read, in the model's dtype (vLLM widens some biases); of a matrix the columns of a part."""
+        """Name -> what the kernels read, in the model's dtype (vLLM widens some biases), +0 for −0; of a matrix the columns of a part."""
         if self.row_shape and self.parameter == "weight" and isinstance(self.module, LinearBase | ParallelLMHead):
             whole = _read_back(self.module, self.row_shape[0], dtype, part, parts)
         else:
-            whole = self.module.get_parameter(self.parameter).to(dtype)
+            whole = self.module.get_parameter(self.parameter)
             if self.row_shape:
                 whole = whole[:, columns_of(self.row_shape[0], part, parts)]
-        return dict(zip(self.names, whole[: sum(self.rows)].split(self.rows), strict=True))
+        return dict(zip(self.names, (whole[: sum(self.rows)].to(dtype) + 0.0).split(self.rows), strict=True))
 
 
 def places(model: nn.Module) -> list[Place]:

@@ -84,7 +84,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     buffer = torch.empty(CHUNK, dtype=dtype)
     path = folder / DATA_FILE
     path.touch(mode=0o600)
-    with naming_disk_full(path, "the engine still holds what it held"), path.open("r+b", buffering=0) as file:
+    with naming_disk_full(path, "the engine still holds what it held"), path.open("r+b") as file:
         for name, tensor in tensors:
             if name in stored:
                 raise WeightFileError(f"{name} comes twice in the weights of version {version}")
@@ -106,11 +106,11 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
 
 
 def read_index(folder: Path) -> WeightIndex:
-    """Raises WeightFileError when there is none: never written, or its writer was killed."""
+    """Raises WeightFileError when there is none (never written, or its writer was killed), or none that can be read."""
     try:
         document = json.loads((folder / INDEX_FILE).read_text())
-    except FileNotFoundError as error:
-        raise WeightFileError(f"{folder} holds no finished weights: {INDEX_FILE} is missing; write them again") from error
+    except (OSError, ValueError) as error:
+        raise WeightFileError(f"{folder} holds no finished weights; write them again ({INDEX_FILE}: {error})") from error
     tensors = tuple(StoredTensor(name, tuple(shape), offset, crc) for name, shape, offset, crc in document["tensors"])
     return WeightIndex(document["version"], getattr(torch, document["dtype"]), document["complete"], tensors)
 
@@ -126,11 +126,11 @@ def read_weights(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
 
 def _map(folder: Path) -> tuple[WeightIndex, dict[str, Tensor]]:
     index, path = read_index(folder), folder / DATA_FILE
-    found = path.stat().st_size
+    found = path.stat().st_size if path.is_file() else 0
     if found < index.size:
         cut = next(t.name for t in index.tensors if t.offset + torch.Size(t.shape).numel() * index.dtype.itemsize > found)
         raise WeightFileError(f"{path} of version {index.version} has {found} bytes, its index needs {index.size}: cut off at {cut}")
-    data = torch.from_file(str(path), shared=True, size=found, dtype=torch.uint8)
+    data = torch.from_file(str(path), shared=True, size=found, dtype=torch.uint8) if found else torch.empty(0, dtype=torch.uint8)
     tensors = {}
     for stored in index.tensors:
         size = torch.Size(stored.shape).numel() * index.dtype.itemsize

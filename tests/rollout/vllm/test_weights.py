@@ -44,6 +44,15 @@ PROMPT = [1, *range(5, 53)]
 """49 tokens: one block of 32 in the prefix cache and a rest."""
 
 
+def _model(family: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """With a −0 in the table and in a packed matrix: no side may see a difference to +0."""
+    model = make_tiny_model(family, seed=seed, dtype=dtype, **SERVED)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = -0.0
+        model.model.layers[0].self_attn.q_proj.weight[3, 5] = -0.0
+    return model
+
+
 @dataclass
 class Engine:
     """A running engine, and the models of its shape."""
@@ -55,7 +64,7 @@ class Engine:
 
     def model(self, seed: int) -> PreTrainedModel:
         """Seed 0 is what the engine was started with."""
-        return make_tiny_model(self.family, seed=seed, dtype=self.dtype, **SERVED)
+        return _model(self.family, seed, self.dtype)
 
     def update(self, tensors: Iterable[tuple[str, Tensor]], version: str, *, complete: bool) -> WeightIndex:
         """Writes and sends."""
@@ -95,7 +104,7 @@ WEIGHT_FLAGS = (
 
 
 def _start(folder: Path, family: str, dtype: torch.dtype, max_lora_rank: int | None) -> Iterator[Engine]:
-    make_tiny_model(family, dtype=dtype, **SERVED).save_pretrained(folder / "model")
+    _model(family, 0, dtype).save_pretrained(folder / "model")
     make_tiny_tokenizer().save_pretrained(folder / "model")
     name = str(dtype).removeprefix("torch.")
     memory = ["--kv-cache-memory-bytes", str(64 << 20), *WEIGHT_FLAGS]
@@ -275,6 +284,7 @@ REFUSED: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_cut, "cut off at model.norm.weight"),
     "damaged": (_flip, "model.embed_tokens.weight in .* damaged"),
     "no index": (lambda folder: (folder / INDEX_FILE).unlink(), "no finished weights"),
+    "no data": (lambda folder: (folder / DATA_FILE).unlink(), "cut off at model.embed_tokens.weight"),
     "old version": (_version, "holds version step-0, not step-1"),
     "incomplete": (lambda folder: _rewrite(folder, _without("model.norm.weight")), "lacks model.norm.weight"),
     "half of qkv": (
