@@ -1,5 +1,5 @@
-"""Resting and waking a real engine. On a CPU vLLM pauses and drops its prefix cache, and keeps weights and slots: what a GPU makes of a sleep
-is not run here; order, requests and answers are."""
+"""Resting and waking a real engine. On a CPU vLLM pauses and drops its prefix cache, and keeps weights and slots: what a GPU makes of a
+sleep is not run here; order, requests and answers are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_same_samples_with_and_without_sleep(engine: SharedEngine) -> None:
     resting = SharedEngine(engine._process, sleeps=True)
     with sampler_on(engine, model, adapter) as sampler:
         awake = sampler.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)
-    with sampler_on(resting, model, adapter) as sampler:
+    with sampler_on(resting, model, adapter, name="resting") as sampler:
         first = sampler.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)
         assert asleep(engine) and resting.alive()
         again = sampler.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)  # the same policy: verified, not loaded
