@@ -68,7 +68,7 @@ class VllmClient:
         """True when the server answers that its engine is alive."""
         try:
             return self._http.get("/health", timeout=CONNECT_SECONDS).status_code == 200
-        except (httpx2.HTTPError, OSError):
+        except (httpx2.HTTPError, OSError, RuntimeError):  # RuntimeError: closed meanwhile
             return False
 
     def models(self) -> list[dict[str, Any]]:

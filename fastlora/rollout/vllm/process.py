@@ -107,7 +107,7 @@ class EngineProcess:
         """What the log says since the last start, to be appended to a message: the first errors, which the later ones follow from."""
         text = self._log.read_text(errors="replace") if self._log.is_file() else ""
         lines = text.rpartition("\n$ ")[2].splitlines()
-        errors = [line.partition("] ")[2] or line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+        errors = [line.partition("] ")[2] or line for line in lines if re.search(r"\w(Error|Exception): ", line) and "WARNING" not in line]
         shown = list(dict.fromkeys(errors))[:LOG_LINES] or lines[-LOG_LINES:]
         return f"; {self._log} says:\n" + "\n".join(line[:300] for line in shown)
 
@@ -115,6 +115,7 @@ class EngineProcess:
         """Ends the process and all of its children; does nothing when there is none."""
         if self.client is not None:
             self.client.close()
+            self.client = None
         if self._process is not None:
             _end_group(self._process)
             os.close(self._pipe)
