@@ -38,6 +38,7 @@ def config(vllm: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
         "rollout": {"sampler": "vllm", "batch_size": 16, "max_completion_length": 128},
         "data": {"max_prompt_length": 128},
         "vllm": vllm or {},
+        "loss": {"sampler_correction": "sequence_mask" if vllm and "staleness" in vllm else "none"},
     }
     return RunConfig.model_validate(base | changes)
 
