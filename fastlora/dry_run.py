@@ -55,7 +55,14 @@ def _memory_table(plan: MemoryPlan) -> Table:
         for name, size in parts:
             table.add_row(f"{phase}: {name}", f"{size / 2**30:.2f}")
         table.add_section()
+    if plan.engine is not None:
+        for name, size in plan.engine.parts:
+            table.add_row(f"vLLM's engine: {name}", f"{size / 2**30:.2f}")
+        table.add_row("vLLM's engine while the trainer updates", f"{plan.engine.at_rest / 2**30:.2f}")
+        table.add_section()
     table.add_row("expected peak", f"{plan.peak / 2**30:.2f}")
+    if plan.engine is not None and plan.engine.beside:
+        table.add_row("expected peak with the engine", f"{plan.peak_with_engine / 2**30:.2f}")
     return table
 
 

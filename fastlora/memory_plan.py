@@ -39,6 +39,9 @@ from fastlora.model import meta_model, select_device
 from fastlora.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
 from fastlora.prompt import encode
+from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm.memory import EngineMemory, engine_card, engine_memory
+from fastlora.rollout.vllm.servers import max_lora_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +66,7 @@ class LargestBatch:
     scored: int
     """C, completion tokens of one micro-batch."""
     decoded: tuple[tuple[int, int], ...]
-    """(prompt tokens, completions) of the largest batch that is decoded together: in training, in evaluation, for pass@k."""
+    """(prompt tokens, completions) of the largest batch that is decoded together: in training, in evaluation, for pass@k. () with vLLM."""
 
 
 def longest_possible(config: RunConfig) -> LargestBatch:
@@ -105,6 +108,8 @@ def _largest(config: RunConfig, steps: Sequence[tuple[list[int], list[int] | Non
         decoded.append(_decoded(held_out, e.num_samples, r.batch_size))
     if config.objective == "grpo" and r.sampler == "torch":
         decoded += [_decoded(prompts, group, r.batch_size) for prompts, _ in steps]
+    if r.sampler == "vllm":  # it evaluates too
+        decoded = []
     return LargestBatch(*max(packed), tuple(sorted(set(decoded))))
 
 
@@ -182,11 +187,28 @@ class MemoryPlan:
     update: Shares
     loading: int
     """Of the process while the weights are read, all in all."""
+    engine: EngineMemory | None = None
+    """vLLM's, in processes of its own; None = none of ours."""
 
     @property
     def peak(self) -> int:
-        """Bytes. Sampling and update alternate, and each uses what the other has freed."""
-        return max(self.loading, _total(self.resident) + max(_total(self.sampling), _total(self.update)))
+        """Bytes of this process. Sampling and update alternate, and each uses what the other has freed."""
+        return max(self.loading, self.while_sampling, self.while_updating)
+
+    @property
+    def while_sampling(self) -> int:
+        return _total(self.resident) + _total(self.sampling)
+
+    @property
+    def while_updating(self) -> int:
+        return _total(self.resident) + _total(self.update)
+
+    @property
+    def peak_with_engine(self) -> int:
+        """Bytes of the trainer's device: what the engine holds there included."""
+        if self.engine is None or not self.engine.beside:
+            return self.peak
+        return max(self.peak, self.while_sampling + self.engine.total, self.while_updating + self.engine.at_rest)
 
 
 def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, measured: int | None = None) -> MemoryPlan:
@@ -218,7 +240,56 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
     laid_out = groups if on_cpu and config.model.quantization == "none" else ()
     sampling = [_sampling(widths, laid_out, w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
     update = _update(config, widths, groups, trained, batch)
-    return MemoryPlan(tuple(resident), max(sampling, key=_total, default=()), update, loading)
+    return MemoryPlan(tuple(resident), max(sampling, key=_total, default=()), update, loading, plan_engine(config, model))
+
+
+def plan_engine(config: RunConfig, model: PreTrainedModel) -> EngineMemory | None:
+    """vLLM's engine, if this run starts one. Raises SamplerError: a card that is not there, a rank or a share that cannot work."""
+    if config.rollout.sampler != "vllm" or config.vllm.servers:
+        return None
+    ranks = [spec.rank for spec in resolve(shapes(projections(model)), config.lora)] if config.method == "lora" else []
+    slot_rank = max_lora_rank(max(ranks, default=1)) if ranks else 0
+    card = engine_card(config, select_device(config.model))
+    return engine_memory(config, model.config, slot_rank, None if card is None else machine_bytes(card))
+
+
+def announce_engine(config: RunConfig, console: Console) -> None:
+    """Prints, before anything is loaded, what an engine of our own takes and how it shares a device with the trainer.
+
+    Raises SamplerError when a GPU is too small for it; a computer that is too small is warned of, as in `announce_peak`.
+    """
+    model, own = meta_model(config.model), select_device(config.model)
+    if (engine := plan_engine(config, model)) is None:
+        return
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in engine.parts)
+    console.print(f"vLLM's engine: {_gib(engine.total)} GiB: {parts}", highlight=False, soft_wrap=True)
+    needed = engine.total
+    if engine.beside and config.trainer.implementation != "reference":
+        plan = plan_memory(config, model, longest_possible(config))
+        needed = plan.peak_with_engine
+        sampling, updating = plan.while_sampling + engine.total, plan.while_updating + engine.at_rest
+        rest = f"the engine sleeps and keeps {_gib(engine.at_rest)}" if engine.at_rest < engine.total else "the engine keeps all"
+        console.print(
+            f"with the trainer: {_gib(sampling)} GiB while it samples, {_gib(updating)} while the trainer updates ({rest})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    card = engine_card(config, own)
+    if needed <= (there := machine_bytes(card or own)):
+        return
+    message = (
+        f"vLLM's engine{' and the trainer need' if engine.beside else ' needs'} {_gib(needed)} GiB, and {card or 'this computer'} has "
+        f"{_gib(there)}. Lower rollout.batch_size or vllm.kv_cache_gib (the engine's cache)"
+        + (", or use trainer.gradient_checkpointing" if engine.beside else "")
+        + (", or give the engine another GPU: vllm.device" if card is not None else "")
+    )
+    if card is not None:
+        raise SamplerError(message)
+    console.print(f"[bold yellow]{message}", highlight=False, soft_wrap=True)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def announce_peak(config: RunConfig, parts: Parts, console: Console) -> None:

@@ -15,7 +15,7 @@ from fastlora.errors import FastloraError
 from fastlora.evaluate import Evaluation, evaluate
 from fastlora.interrupt import interruptible
 from fastlora.lora.peft_format import save_adapter
-from fastlora.memory_plan import announce_peak
+from fastlora.memory_plan import announce_engine, announce_peak
 from fastlora.metrics import MetricsWriter, RunSummary, write_environment
 from fastlora.model import weights_hash
 from fastlora.progress import TrainingProgress, accuracy_table
@@ -33,6 +33,7 @@ class BaseChangedError(FastloraError):
 
 def start_run(config: RunConfig, config_path: Path | None, console: Console) -> int:
     """A new run; returns the exit status. The folder is made only after everything that can be refused was."""
+    announce_engine(config, console)
     parts = build(config, console)
     folder = create_run_folder(config, config_path)
     write_environment(folder.path)
@@ -48,6 +49,7 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
         for line in checkpoint.passed_over:
             console.print(f"passed over: {line}", markup=False, soft_wrap=True)
         console.print(f"Resuming {path} after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
+    announce_engine(config, console)
     return _run(config, build(config, console), folder, console, checkpoint)
 
 

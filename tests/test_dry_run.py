@@ -23,3 +23,9 @@ def test_the_reference_path_is_not_planned(capsys: pytest.CaptureFixture[str]) -
     assert train.main([str(config), "--dry-run", "--trainer.implementation", "reference"]) == 0
     shown = capsys.readouterr().out
     assert "memory: not planned" in shown and "expected peak" not in shown
+
+
+def test_an_engine_of_our_own_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([str(CONFIGS / "qwen2.5-1.5b_gsm8k_1xh100.toml"), "--dry-run", "--rollout.sampler", "vllm"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "vLLM's engine: KV cache of" in shown and "expected peak with the engine" in shown and "while the trainer updates" in shown

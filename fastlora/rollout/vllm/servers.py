@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import torch
+
 from fastlora.lora.folded import write_folded
 from fastlora.rollout.sampler import SamplerError, SamplingParams
 from fastlora.rollout.vllm.adapter_memory import write_shared
@@ -67,6 +69,14 @@ class Server(ABC):
         """It failed: an engine of our own is ended, so that `alive` says no; others may recover."""
 
     @abstractmethod
+    def rest(self) -> None:
+        """Nothing is asked of it until `wake`: an engine on the trainer's card makes room. Raises EngineGoneError."""
+
+    @abstractmethod
+    def wake(self) -> bool:
+        """True when it had made room, and what it holds must be looked at again. Raises EngineGoneError."""
+
+    @abstractmethod
     def load(self, policy: Policy) -> None:
         """Loads the adapter. Raises EngineGoneError, EngineRefusedError."""
 
@@ -117,8 +127,9 @@ class OwnEngine(Server):
 
     name, base, exact = "vLLM's engine", BASE, True
 
-    def __init__(self, process: EngineProcess) -> None:
-        self._process = process
+    def __init__(self, process: EngineProcess, *, sleeps: bool = False) -> None:
+        """sleeps: it rests (memory.sleeps); it was started with --enable-sleep-mode then."""
+        self._process, self._sleeps, self._asleep = process, sleeps, False
 
     @property
     def client(self) -> VllmClient:
@@ -127,6 +138,7 @@ class OwnEngine(Server):
         return self._process.client
 
     def start(self) -> None:
+        self._asleep = False
         self._process.start().worker("fastlora_prepare")
 
     def alive(self) -> bool:
@@ -152,7 +164,21 @@ class OwnEngine(Server):
         self._process.stop()
 
     def lost(self) -> None:
+        self._asleep = False
         self._process.stop()
+
+    def rest(self) -> None:
+        if self._sleeps and not self._asleep and self._process.client is not None:
+            self.client.sleep()
+            self._asleep = True
+
+    def wake(self) -> bool:
+        if not self._asleep:
+            return False
+        torch.cuda.empty_cache()  # torch keeps what the update has freed; the engine needs it now
+        self.client.wake_up()
+        self._asleep = False
+        return True
 
     def load(self, policy: Policy) -> None:
         if policy.model is None:
@@ -214,6 +240,12 @@ class ForeignServer(Server):
 
     def lost(self) -> None:
         """It is not ours to restart."""
+
+    def rest(self) -> None:
+        """It is not ours to send to sleep."""
+
+    def wake(self) -> bool:
+        return False
 
     def verify(self, policy: Policy) -> None:
         """It cannot show its weights."""
