@@ -72,7 +72,7 @@ def build(config: RunConfig, console: Console) -> Parts:
     rewards = load_rewards(config.reward)
     rewards.check([*train_examples, *eval_examples])
     adapter, flat = trainable(config, model, console)
-    sampler, engine = _sampler(config, model, adapter, train_examples, console)
+    sampler, engine = _sampler(config, model, adapter, flat, train_examples, console)
     objective: Objective
     if config.objective == "sft":
         objective = SupervisedObjective(config, model, train_examples)
@@ -161,14 +161,19 @@ def attach_saved(model: BaseModel, folder: Path) -> PackedAdapter:
 
 
 def _sampler(
-    config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, examples: Sequence[Example], console: Console
+    config: RunConfig,
+    model: BaseModel,
+    adapter: PackedAdapter | None,
+    flat: FlatParameters,
+    examples: Sequence[Example],
+    console: Console,
 ) -> tuple[Sampler, AbstractContextManager[object]]:
     """The live sampler, and what must be entered for it to work."""
-    if config.rollout.sampler != "vllm" or adapter is None:
+    if config.rollout.sampler != "vllm":
         return TorchSampler(model, config.rollout.batch_size), nullcontext()
     from fastlora.rollout.vllm.build import build_vllm_sampler  # httpx2 and this package only where they are used
 
-    vllm = build_vllm_sampler(config, model, adapter, examples, console)
+    vllm = build_vllm_sampler(config, model, adapter, flat.data, examples, console)
     return vllm, vllm
 
 

@@ -146,6 +146,9 @@ class VllmConfig(Section):
     """Environment variable with the servers' API key; unset = none is sent."""
     adapter_folder: Path | None = None
     """Folder that the servers see under the same path, for adapters on their way; None = one on this machine's tmpfs."""
+    weights: Literal["adapter", "merged", "auto"] = "adapter"
+    """adapter = loaded beside the base; merged = W + s B A replaces the engine's matrices at every step (no cost per token, a longer swap);
+    auto = the faster one of a short trial. With method = "full" every weight is replaced."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1 = sample step t + 1 while step t trains, from the policy before that step; 0 = sample, then train."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = None
@@ -412,6 +415,11 @@ def _impossibilities(c: RunConfig) -> list[str]:
         (
             c.vllm != VllmConfig() and sampler != "vllm",
             f"[vllm] is set, but rollout.sampler = {sampler!r}; set it to 'vllm' or remove the section",
+        ),
+        (
+            bool(c.vllm.servers) and (c.vllm.weights != "adapter" or c.method == "full"),
+            "vllm.servers take adapters only; leave it empty (an engine of our own) for vllm.weights = 'merged' or 'auto' and for "
+            "method = 'full'",
         ),
         (
             c.vllm.staleness > 0 and mode == "none",

@@ -10,19 +10,25 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fastlora.config import RunConfig
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, resolve_source
 from fastlora.prompt import encode
+from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.vllm.canary import Canary
 from fastlora.rollout.vllm.memory import MAX_LORAS, engine_card, engine_memory, longest_sequence, memory_flags, sleeps
+from fastlora.rollout.vllm.policy import AdapterSource, FullSource, MergedSource, Source
 from fastlora.rollout.vllm.process import EngineProcess, engine_flags, memory_folder
-from fastlora.rollout.vllm.sampler import VllmSampler
+from fastlora.rollout.vllm.sampler import Trial, VllmSampler
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine, Server, max_lora_rank
 from fastlora.types import Example
 
 CANARY_PROMPTS = 4
+
+TRIAL_TOKENS = 32
+"""Of a completion in the trial of vllm.weights = "auto"."""
 
 CANARY_TOKENS = 40
 """Of one canary prompt, for an engine of our own: more than a block of its prefix cache (32 on CPU, 16 on a GPU)."""
@@ -32,7 +38,7 @@ CANARY_TOKENS_FOREIGN = 136
 
 
 def build_vllm_sampler(
-    config: RunConfig, model: BaseModel, adapter: PackedAdapter, examples: Sequence[Example], console: Console
+    config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, flat: Tensor, examples: Sequence[Example], console: Console
 ) -> VllmSampler:
     """The sampler of a run; nothing is started before it is entered. Raises SamplerError: no vLLM, or a rank that it does not serve."""
     foreign = bool(config.vllm.servers)
@@ -40,30 +46,47 @@ def build_vllm_sampler(
     prompts = canary_prompts(encode(model.tokenizer, [example.prompt for example in examples[: 16 * CANARY_PROMPTS]]), length)
     name = f"{config.name or 'run'}-{secrets.token_hex(4)}"
     shared = config.vllm.adapter_folder
+    folder = memory_folder() if shared is None else shared / name
+    source, trial = _sources(config, model, adapter, flat, name, folder / "weights", examples)
     return VllmSampler(
         model,
-        adapter,
+        source,
         _servers(config, model, adapter),
         Canary(prompts),
-        name=name,
-        folder=memory_folder() if shared is None else shared / name,
+        folder=folder,
         max_restarts=config.vllm.max_restarts,
         say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        trial=trial,
     )
 
 
-def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter) -> list[Server]:
+def _sources(
+    config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, flat: Tensor, name: str, memory: Path, examples: Sequence[Example]
+) -> tuple[Source, Trial | None]:
+    """What is published, and what may be published instead."""
+    if adapter is None:
+        return FullSource(flat, model, memory), None
+    if config.vllm.weights == "adapter":
+        return AdapterSource(adapter, model, name), None
+    merged = MergedSource(adapter, model, memory)
+    if config.vllm.weights == "merged":
+        return merged, None
+    r = config.rollout
+    params = SamplingParams(r.num_generations, min(r.max_completion_length, TRIAL_TOKENS), r.temperature, r.top_p)
+    tokens = r.num_prompts * r.num_generations * r.max_completion_length
+    return AdapterSource(adapter, model, name), Trial(merged, tuple(examples[: r.num_prompts]), params, tokens)
+
+
+def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None) -> list[Server]:
     vllm, longest = config.vllm, longest_sequence(config, model.module.config)
     if vllm.servers:
         key = os.environ.get(vllm.api_key_variable)
-        return [
-            ForeignServer(url, key, request_timeout=vllm.request_timeout, needed_length=longest, base_model=model.source)
-            for url in vllm.servers
-        ]
+        return [ForeignServer(url, key, request_timeout=vllm.request_timeout, needed_length=longest) for url in vllm.servers]
     card = engine_card(config, model.device)
     card_bytes = None if card is None else torch.cuda.get_device_properties(card).total_memory
-    slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1))
-    memory = engine_memory(config, model.module.config, slot_rank, card_bytes)
+    adapters = adapter is not None and vllm.weights != "merged"
+    slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1)) if adapter is not None and adapters else None
+    memory = engine_memory(config, model.module.config, slot_rank or 0, card_bytes)
     flags = engine_flags(
         model=resolve_source(config.model),
         revision=config.model.revision,

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastlora.rollout.sampler import SamplerError
-from fastlora.rollout.vllm.policy import Policy
 
 MARGIN = 4.0
 """Tolerance over the base model's own maximum, which is one of a few hundred numbers: the next few hundred may lie further out."""
@@ -73,20 +72,22 @@ class Canary:
         self.tolerance = max(self.tolerance, MARGIN * gap)
         return gap
 
-    def check(self, policy: Policy, said: Sequence[Mapping[int, float]], *, who: str, exact: bool) -> Finding:
-        """said: per prompt, token -> the server's log-probability. exact: its bits were compared already.
+    def check(
+        self, expected_pv: Tensor, before_pv: Tensor, said: Sequence[Mapping[int, float]], *, who: str, version: int, exact: bool
+    ) -> Finding:
+        """expected_pv, before_pv: see Policy. said: per prompt, token -> the server's log-probability. exact: bits were compared already.
 
         Raises CanaryError when they are further off than the tolerance.
         """
-        difference = _largest(policy.expected_pv, said)
+        difference = _largest(expected_pv, said)
         if not difference <= self.tolerance:  # NaN too
-            old = _largest(policy.before_pv, said) <= self.tolerance
+            old = _largest(before_pv, said) <= self.tolerance
             raise CanaryError(
-                f"{who} does not sample from adapter version {policy.version}: its log-probabilities differ from the trainer's by up to "
+                f"{who} does not sample from version {version}: its log-probabilities differ from the trainer's by up to "
                 f"{difference:.3g} nats, and {self.tolerance:.3g} is what the precision explains. "
                 f"{'They are those of the policy before: the swap did not reach it. ' if old else ''}Nothing was sampled"
             )
-        moved = [(policy.expected_pv[p] - policy.before_pv[p])[list(tokens)].abs().max() for p, tokens in enumerate(said)]
+        moved = [(expected_pv[p] - before_pv[p])[list(tokens)].abs().max() for p, tokens in enumerate(said)]
         effect = float(torch.stack(moved).max())
         return Finding(difference, self.tolerance, effect, exact or effect >= DECIDABLE * self.tolerance)
 
@@ -107,7 +108,7 @@ def compare_checksums(expected: Mapping[str, tuple[int, int]], found: Mapping[st
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CanaryError(
-            f"{who} holds other weights than adapter version {version} of the trainer in {len(wrong)} of {len(expected)} modules: {shown}. "
+            f"{who} holds other weights than version {version} of the trainer in {len(wrong)} of {len(expected)} modules: {shown}. "
             "Nothing was sampled"
         )
 

@@ -56,7 +56,8 @@ class VllmClient:
             base_url="http://engine" if socket else where,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx2.Timeout(request_timeout, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None),
+            # vLLM hangs up after every 500: the next request on a kept connection would be reset.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy for the outside world is none for a server on this machine or the next
         )
 
@@ -73,7 +74,7 @@ class VllmClient:
 
     def models(self) -> list[dict[str, Any]]:
         """What the server serves: the base model first, then adapters."""
-        return self._call("GET", "/v1/models").json()["data"]
+        return self.call("GET", "/v1/models").json()["data"]
 
     def complete(
         self, model: str, prompt_ids: Sequence[int], params: SamplingParams, seed: int, stop_token_ids: Sequence[int]
@@ -97,7 +98,7 @@ class VllmClient:
     ) -> list[list[Completion]]:
         """Samples of several prompts, to the same bits every time (own engines only: serve.py)."""
         body = {"model": model, "prompts": prompts, "seeds": seeds, "params": _sampling(params, stop_token_ids)}
-        answer = self._call("POST", "/fastlora/sample", body).json()
+        answer = self.call("POST", "/fastlora/sample", body).json()
         return [
             [_completion(s["token_ids"], s["logprobs"], s["finish_reason"]) for s in samples]
             for samples in _checked(answer, model, self.where)["samples"]
@@ -119,7 +120,7 @@ class VllmClient:
         return {int(token.removeprefix("token_id:")): logp for token, logp in top.items()}
 
     def _complete(self, model: str, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
-        answer = self._call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}).json()
+        answer = self.call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}).json()
         return _checked(answer, model, self.where)
 
     def load_adapter(self, name: str, path: Path) -> None:
@@ -128,7 +129,7 @@ class VllmClient:
         Raises EngineRefusedError for an adapter that it cannot load (vLLM says 500 to a damaged file, and lives on).
         """
         try:
-            self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+            self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
         except EngineGoneError as error:
             if not self.healthy():
                 raise
@@ -136,22 +137,22 @@ class VllmClient:
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; the slot is freed when the next one needs it."""
-        self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def sleep(self) -> None:
         """Level 1: weights and adapter slots go to the computer's memory, the cache is dropped (own engines; a CPU only pauses)."""
-        self._call("POST", "/sleep?level=1")
+        self.call("POST", "/sleep?level=1")
 
     def wake_up(self) -> None:
         """Undoes `sleep`. Raises EngineGoneError when not everything came back."""
-        if (status := self._call("POST", "/wake_up").json()["status"]) != "awake":
+        if (status := self.call("POST", "/wake_up").json()["status"]) != "awake":
             raise EngineGoneError(f"{self.where} did not wake up: {status}")
 
     def worker(self, method: str, *args: Any) -> Any:
         """Calls a method of FastloraWorker (own engines only)."""
-        return self._call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]
+        return self.call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]
 
-    def _call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
+    def call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         """Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError: a status from 400 on."""
         try:
             response = self._http.request(verb, path, json=body)

@@ -173,6 +173,7 @@ def engine_flags(
         "--max-num-batched-tokens": str(max(max_model_len, BATCHED_TOKENS)),
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # otherwise the model's own temperature and top-p sneak in
+        "--weight-transfer-config": '{"backend": "fastlora"}',  # weight_engine.py; unused while adapters are swapped
         "--worker-extension-cls": "fastlora.rollout.vllm.worker.FastloraWorker",
     }
     if revision:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.lora.folded import fold
-from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel
 from fastlora.policy import next_token_logp
 from fastlora.prompt import encode
 from fastlora.rollout.assemble import assemble
 from fastlora.rollout.sampler import SamplerError, SamplingParams
-from fastlora.rollout.vllm.adapter_memory import checksum
 from fastlora.rollout.vllm.canary import Canary
 from fastlora.rollout.vllm.client import Completion, EngineGoneError, EngineRefusedError
-from fastlora.rollout.vllm.policy import Policy, policy_of
+from fastlora.rollout.vllm.policy import Policy, Source
 from fastlora.rollout.vllm.process import EngineStartError
 from fastlora.rollout.vllm.servers import Server
 from fastlora.types import Example, Rollout
@@ -66,28 +63,41 @@ class Restarts:
         self.left, self.used = self.left - 1, self.used + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A source to be tried against the first one before the run."""
+
+    other: Source
+    examples: tuple[Example, ...]
+    params: SamplingParams
+    tokens_per_step: int
+    """That a step of the run samples at most."""
+
+
 class VllmSampler:
     """Implements rollout.sampler.Sampler; a context manager: inside, the servers run."""
 
     def __init__(
         self,
         model: BaseModel,
-        adapter: PackedAdapter,
+        source: Source,
         servers: Sequence[Server],
         canary: Canary,
         *,
-        name: str,
         folder: Path,
         max_restarts: int,
         say: Callable[[str], None],
+        trial: Trial | None = None,
     ) -> None:
-        """name: of the run, in adapters' names. folder: new, for adapters on their way, seen by every server; removed at the end.
-        say: told about what a person may want to know.
+        """source: of the policy. folder: new, for policies on their way, seen by every server; removed at the end. say: told what a person
+        may want to know. trial: of another source, which takes the place of the first where it is faster.
         """
-        self._model, self._adapter, self._servers, self._canary = model, adapter, list(servers), canary
-        self._name, self._folder, self._max_restarts, self._say = name, folder, max_restarts, say
+        self._model, self._source, self._servers, self._canary = model, source, list(servers), canary
+        self._folder, self._max_restarts, self._say = folder, max_restarts, say
+        self._trial = trial
         self._policies: dict[int, Policy] = {}
         self._users: Counter[int] = Counter()
+        self._in_flight: list[Future[Rollout]] = []
         self._held: dict[str, set[int]] = {server.name: set() for server in servers}
         self._lock = threading.RLock()  # of the four above, and of what is done to servers: a rollout may restart one while another begins
         self._rollouts = ThreadPoolExecutor(1, thread_name_prefix="vllm-rollout")  # one at a time: a shared batch rounds differently
@@ -95,12 +105,15 @@ class VllmSampler:
     def __enter__(self) -> VllmSampler:
         """Starts the servers and takes the base model's own gap as the canary's measure."""
         try:
-            with self._adapter.disabled():
+            with self._source.base():
                 self._base_pv = self._score()
             for server in self._servers:
+                self._say(f"starting {server.name}")
                 server.start()
                 gap = self._canary.calibrate(self._base_pv, server.ask(server.base, self._canary.prompts))
                 self._say(f"{server.name}: the base model's log-probabilities differ from the trainer's by up to {gap:.2g} nats")
+            if self._trial is not None:
+                self._choose(self._trial)
         except BaseException:
             self._stop()
             raise
@@ -112,9 +125,28 @@ class VllmSampler:
     def _stop(self) -> None:
         """Ends engines first: what is in flight then fails at once instead of being waited for."""
         for server in self._servers:
-            server.stop()
+            server.stop([policy for version, policy in self._policies.items() if version in self._held[server.name]])
         self._rollouts.shutdown(cancel_futures=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _choose(self, trial: Trial) -> None:
+        """Measures both sources on the same prompts, one after the other, and keeps the one with the shorter step."""
+        first, seconds = self._source, {}
+        for version, (name, source) in enumerate((("adapter", first), ("merged copy", trial.other)), start=-2):
+            self._source = source
+            rollout = self.sample(trial.examples, trial.params, seed=0, adapter_version=version)
+            a_token = rollout.metrics["sampler/sampling_seconds"] / rollout.num_tokens
+            seconds[name] = rollout.metrics["sampler/swap_seconds"] + a_token * trial.tokens_per_step
+        for server in self._servers:
+            with trial.other.base():  # the engine's own matrices as they were
+                trial.other.payload(0, self._folder).load(server.client)
+            self._held[server.name].clear()
+        self._policies.clear()
+        self._source = trial.other if seconds["merged copy"] < seconds["adapter"] else first
+        measured = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
+        self._say(
+            f"vllm.weights = 'auto': swap and sampling of a step, measured: {measured}; {min(seconds, key=seconds.__getitem__)} it is"
+        )
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """See rollout.sampler.Sampler. Raises CanaryError, or SamplerError when restarts did not help."""
@@ -123,10 +155,14 @@ class VllmSampler:
     def begin(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Future[Rollout]:
         """The same in the background: when this returns, the servers hold this version, and the adapter may change."""
         restarts = Restarts(self._max_restarts)
+        if self._source.exclusive and adapter_version not in self._policies:
+            wait(self._in_flight)  # the new version would take the place of theirs
         with self._lock:
             policy, metrics = self._publish(adapter_version, restarts)
             self._users[adapter_version] += 1
-        return self._rollouts.submit(self._collect, policy, list(examples), params, seed, restarts, metrics)
+            self._in_flight = [future for future in self._in_flight if not future.done()]
+            self._in_flight.append(self._rollouts.submit(self._collect, policy, list(examples), params, seed, restarts, metrics))
+            return self._in_flight[-1]
 
     def _score(self) -> Tensor:
         """The trainer's own log-probabilities after the canary's prompts."""
@@ -134,21 +170,21 @@ class VllmSampler:
 
     def _publish(self, version: int, restarts: Restarts) -> tuple[Policy, dict[str, float]]:
         """The policy of `version`, on every server that lives, and what that took."""
-        flat = self._adapter.flat.data
         metrics: Metrics = defaultdict(float)
         self._wake(version, metrics)
         if version in self._policies:
-            if checksum(flat) != self._policies[version].flat_checksum:
+            if self._source.fingerprint() != self._policies[version].fingerprint:
                 raise SamplerError(
-                    f"the adapter has changed and is still called version {version}: the engine would sample from the old one"
+                    f"the policy has changed and is still called version {version}: the engine would sample from the old one"
                 )
             return self._policies[version], dict(metrics)
         self._retire()
         with timed(metrics, "sampler/swap_seconds"):
-            adapter = fold(self._adapter, self._model.module.dtype)
+            folder = self._folder / f"v{version}"
+            payload = self._source.payload(version, folder)
         with timed(metrics, "sampler/canary_seconds"):
             before_pv = self._policies[max(self._policies)].expected_pv if self._policies else self._base_pv
-            policy = policy_of(version, self._name, adapter, flat, self._folder, self._score(), before_pv)
+            policy = Policy(version, payload, folder, self._source.fingerprint(), self._score(), before_pv)
         self._policies[version] = policy
         self._ready(policy, restarts, metrics)
         return policy, dict(metrics)
@@ -215,6 +251,8 @@ class VllmSampler:
         with timed(metrics, "sampler/swap_seconds"):
             server.load(policy)
         self._check(server, policy, metrics)
+        if policy.payload.exclusive:
+            self._held[server.name].clear()
         self._held[server.name].add(policy.version)
 
     def _check(self, server: Server, policy: Policy, metrics: Metrics) -> None:
@@ -222,9 +260,11 @@ class VllmSampler:
         with timed(metrics, "sampler/canary_seconds"):
             server.verify(policy)
             said = server.ask(server.model(policy), self._canary.prompts)
-            finding = self._canary.check(policy, said, who=server.name, exact=server.exact)
+            finding = self._canary.check(
+                policy.expected_pv, policy.before_pv, said, who=server.name, version=policy.version, exact=server.exact
+            )
         if not finding.decided:
-            self._say(f"{server.name}, adapter version {policy.version}: {finding.undecided()}")
+            self._say(f"{server.name}, version {policy.version}: {finding.undecided()}")
         metrics["sampler/canary_max_abs"] = max(metrics["sampler/canary_max_abs"], finding.max_abs)
         metrics["sampler/canary_tolerance"], metrics["sampler/canary_effect"] = finding.tolerance, finding.effect
         metrics["sampler/canary_undecided"] += not finding.decided

@@ -1,21 +1,15 @@
-"""The two kinds of server behind one face: an engine of our own, and a vLLM that somebody else runs.
-
-A policy is published to a server as an adapter with a name, a number and a path that no other version has: vLLM 0.32 serves the prefix
-cache of an adapter that was replaced under its old name and path, and keeps the old weights under an old number.
-"""
+"""The two kinds of server behind one face: an engine of our own, and a vLLM that somebody else runs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 
-from fastlora.lora.folded import write_folded
 from fastlora.rollout.sampler import SamplerError, SamplingParams
-from fastlora.rollout.vllm.adapter_memory import write_shared
-from fastlora.rollout.vllm.canary import compare_checksums
 from fastlora.rollout.vllm.client import BASE, Completion, EngineGoneError, EngineRefusedError, VllmClient
 from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineProcess
@@ -61,8 +55,8 @@ class Server(ABC):
     def alive(self) -> bool: ...
 
     @abstractmethod
-    def stop(self) -> None:
-        """For good."""
+    def stop(self, held: Sequence[Policy] = ()) -> None:
+        """For good; `held`: what it still holds of ours."""
 
     @abstractmethod
     def lost(self) -> None:
@@ -78,7 +72,7 @@ class Server(ABC):
 
     @abstractmethod
     def load(self, policy: Policy) -> None:
-        """Loads the adapter. Raises EngineGoneError, EngineRefusedError."""
+        """Gives it the policy. Raises EngineGoneError, EngineRefusedError."""
 
     @abstractmethod
     def verify(self, policy: Policy) -> None:
@@ -86,12 +80,11 @@ class Server(ABC):
 
     def model(self, policy: Policy) -> str:
         """What requests under this policy ask for."""
-        return policy.model or self.base
+        return policy.payload.model or self.base
 
     def unload(self, policy: Policy) -> None:
-        """Forgets the adapter."""
-        if policy.model:
-            self.client.unload_adapter(policy.model)
+        """Forgets the policy."""
+        policy.payload.unload(self.client)
 
     def sample(
         self,
@@ -123,7 +116,7 @@ class Server(ABC):
 
 
 class OwnEngine(Server):
-    """Started, watched and stopped by us; adapters come from shared memory."""
+    """Started, watched and stopped by us; policies come from shared memory."""
 
     name, base, exact = "vLLM's engine", BASE, True
 
@@ -160,7 +153,7 @@ class OwnEngine(Server):
         )
         done.update(zip(places, samples, strict=True))
 
-    def stop(self) -> None:
+    def stop(self, held: Sequence[Policy] = ()) -> None:
         self._process.stop()
 
     def lost(self) -> None:
@@ -181,18 +174,10 @@ class OwnEngine(Server):
         return True
 
     def load(self, policy: Policy) -> None:
-        if policy.model is None:
-            return
-        shared = policy.folder / "shared"
-        if not shared.is_dir():
-            write_shared(policy.adapter, shared)
-        self.client.load_adapter(policy.model, shared)
+        policy.payload.load(self.client)
 
     def verify(self, policy: Policy) -> None:
-        if policy.model is None:
-            return
-        found = self.client.worker("fastlora_checksums", policy.model, policy.adapter.ranks)
-        compare_checksums(policy.checksums, found, who=self.name, version=policy.version)
+        policy.payload.verify(self.client, who=self.name, version=policy.version)
 
 
 class ForeignServer(Server):
@@ -200,11 +185,11 @@ class ForeignServer(Server):
 
     exact = False
 
-    def __init__(self, url: str, api_key: str | None, *, request_timeout: float, needed_length: int, base_model: str) -> None:
+    def __init__(self, url: str, api_key: str | None, *, request_timeout: float, needed_length: int) -> None:
         """needed_length: tokens of the longest prompt and completion."""
         self.name = url
         self._client = VllmClient(url, api_key=api_key, request_timeout=request_timeout)
-        self._needed_length, self._base_model = needed_length, base_model
+        self._needed_length = needed_length
 
     @property
     def client(self) -> VllmClient:
@@ -235,7 +220,11 @@ class ForeignServer(Server):
     def alive(self) -> bool:
         return self._client.healthy()
 
-    def stop(self) -> None:
+    def stop(self, held: Sequence[Policy] = ()) -> None:
+        """It goes on without us, and without our adapters."""
+        with suppress(SamplerError):  # it may be gone
+            for policy in held:
+                self.unload(policy)
         self._client.close()
 
     def lost(self) -> None:
@@ -251,10 +240,4 @@ class ForeignServer(Server):
         """It cannot show its weights."""
 
     def load(self, policy: Policy) -> None:
-        if policy.model is None:
-            return
-        folder = policy.folder / policy.model
-        if not folder.is_dir():
-            write_folded(policy.adapter, folder, base_model=self._base_model)
-        if policy.model not in {model["id"] for model in self._client.models()}:
-            self._client.load_adapter(policy.model, folder)
+        policy.payload.load_files(self._client)

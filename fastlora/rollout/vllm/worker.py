@@ -13,18 +13,20 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 
 from fastlora.rollout.vllm.adapter_memory import INDEX_FILE, checksum, read_shared
+from fastlora.rollout.vllm.weight_engine import WeightUpdateWorker
 
 
-class FastloraWorker:
+class FastloraWorker(WeightUpdateWorker):
     """Mixed into vLLM's Worker, whose attributes it uses."""
 
-    model_runner: Any
     fastlora_ids: dict[str, int]
     """Name of every adapter that was loaded -> vLLM's number for it."""
 
     def fastlora_prepare(self) -> dict[str, Any]:
         """Once after the start: the loader, and the CPU fix where the device is a CPU. What it did."""
-        manager = self.model_runner.lora_manager
+        manager = getattr(self.model_runner, "lora_manager", None)
+        if manager is None:  # an engine without adapters: its weights are updated
+            return {"cpu_lora": False}
         self.fastlora_ids = {}
         from_files = manager._load_adapter
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastlora.model import BaseModel, wrap_model
 from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.vllm.build import canary_prompts
 from fastlora.rollout.vllm.canary import Canary
+from fastlora.rollout.vllm.policy import AdapterSource, Policy
 from fastlora.rollout.vllm.process import EngineProcess, engine_flags, memory_folder
 from fastlora.rollout.vllm.sampler import VllmSampler
 from fastlora.rollout.vllm.servers import OwnEngine, Server
@@ -94,8 +96,10 @@ class SharedEngine(OwnEngine):
         if not self.alive():
             super().start()
 
-    def stop(self) -> None:
+    def stop(self, held: Sequence[Policy] = ()) -> None:
         """The fixture does."""
+        for policy in held:
+            self.unload(policy)
 
 
 @contextmanager
@@ -103,8 +107,9 @@ def sampler_on(servers: Server | list[Server], model: BaseModel, adapter: Packed
     """A sampler of its own on running servers, with what it said in `sampler.said`."""
     prompts = model.tokenizer([example.prompt for example in EXAMPLES])["input_ids"]
     said: list[str] = []
-    settings: Mapping[str, Any] = {"name": f"t{id(adapter):x}", "folder": memory_folder(), "max_restarts": 2, "say": said.append} | changes
+    settings: Mapping[str, Any] = {"folder": memory_folder(), "max_restarts": 2, "say": said.append} | changes
+    source = AdapterSource(adapter, model, name=f"t{secrets.token_hex(4)}")
     servers = servers if isinstance(servers, list) else [servers]
-    with VllmSampler(model, adapter, servers, Canary(canary_prompts(prompts, 40)), **settings) as sampler:
+    with VllmSampler(model, source, servers, Canary(canary_prompts(prompts, 40)), **settings) as sampler:
         sampler.said = said
         yield sampler

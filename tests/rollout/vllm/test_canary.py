@@ -20,7 +20,7 @@ from fastlora.model import BaseModel
 from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.vllm.adapter_memory import DATA_FILE, write_shared
 from fastlora.rollout.vllm.canary import DECIDABLE, MARGIN, Canary, CanaryError, compare_checksums
-from fastlora.rollout.vllm.policy import Policy, policy_of
+from fastlora.rollout.vllm.policy import AdapterPayload, Policy
 from tests.rollout.vllm.engines import (
     EXAMPLES,
     PARAMS,
@@ -57,7 +57,8 @@ class FaultyEngine(SharedEngine):
 
     def load_other(self, policy: Policy, adapter: FoldedAdapter) -> None:
         """Loads `adapter` where the policy's own is expected."""
-        super().load(dataclasses.replace(policy, adapter=adapter))
+        name, base_model = policy.payload.model, policy.payload._base_model
+        super().load(dataclasses.replace(policy, payload=AdapterPayload(name, adapter, policy.folder, base_model)))
 
     def model(self, policy: Policy) -> str:
         return self.asks_for or super().model(policy)
@@ -71,31 +72,35 @@ def one_global_scale(engine: FaultyEngine, policy: Policy) -> None:
     """vLLM 0.31 on an adapter that was not folded: the first module's α/r on all of them."""
     scales = {name: slot.scale for name, slot in ADAPTER.slots.items()}
     first = next(iter(scales.values()))
-    b_nr = {name: b * (first / scales[name]) for name, b in policy.adapter.b_nr.items()}
-    engine.load_other(policy, FoldedAdapter(policy.adapter.a_rd, b_nr))
+    b_nr = {name: b * (first / scales[name]) for name, b in policy.payload.adapter.b_nr.items()}
+    engine.load_other(policy, FoldedAdapter(policy.payload.adapter.a_rd, b_nr))
 
 
 def half_loaded(engine: FaultyEngine, policy: Policy) -> None:
-    names = list(policy.adapter.a_rd)[::2]
-    engine.load_other(policy, FoldedAdapter({n: policy.adapter.a_rd[n] for n in names}, {n: policy.adapter.b_nr[n] for n in names}))
+    names = list(policy.payload.adapter.a_rd)[::2]
+    engine.load_other(
+        policy, FoldedAdapter({n: policy.payload.adapter.a_rd[n] for n in names}, {n: policy.payload.adapter.b_nr[n] for n in names})
+    )
 
 
 def one_module_missing(engine: FaultyEngine, policy: Policy) -> None:
-    names = list(policy.adapter.a_rd)[:-1]
-    engine.load_other(policy, FoldedAdapter({n: policy.adapter.a_rd[n] for n in names}, {n: policy.adapter.b_nr[n] for n in names}))
+    names = list(policy.payload.adapter.a_rd)[:-1]
+    engine.load_other(
+        policy, FoldedAdapter({n: policy.payload.adapter.a_rd[n] for n in names}, {n: policy.payload.adapter.b_nr[n] for n in names})
+    )
 
 
 def q_and_k_swapped(engine: FaultyEngine, policy: Policy) -> None:
-    a_rd = dict(policy.adapter.a_rd)
+    a_rd = dict(policy.payload.adapter.a_rd)
     for name in [name for name in a_rd if name.endswith("q_proj")]:
         other = name.replace("q_proj", "k_proj")
         a_rd[name], a_rd[other] = a_rd[other], a_rd[name]
-    engine.load_other(policy, FoldedAdapter(a_rd, policy.adapter.b_nr))
+    engine.load_other(policy, FoldedAdapter(a_rd, policy.payload.adapter.b_nr))
 
 
 def old_steps_adapter(engine: FaultyEngine, policy: Policy) -> None:
     """The files of the version before, under the new name."""
-    engine.client.load_adapter(policy.model, policy.folder.parent / "first" / "shared")
+    engine.client.load_adapter(policy.payload.model, policy.folder.parent / "first" / "shared")
 
 
 def not_loaded(engine: FaultyEngine, policy: Policy) -> None:
@@ -143,7 +148,7 @@ def model_and_adapter() -> tuple[BaseModel, PackedAdapter]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_checksums_name_the_modules(fault, engine: SharedEngine, model_and_adapter) -> None:
-    with pytest.raises(CanaryError, match=r"other weights than adapter version 2 .* modules: model\.layers\.\d+\.\S+: ") as caught:
+    with pytest.raises(CanaryError, match=r"other weights than version 2 .* modules: model\.layers\.\d+\.\S+: ") as caught:
         two_versions(FaultyEngine(engine, fault, exact=True), *model_and_adapter)
     if fault is q_and_k_swapped:
         assert "q_proj" in str(caught.value) or "k_proj" in str(caught.value)
@@ -152,13 +157,13 @@ def test_checksums_name_the_modules(fault, engine: SharedEngine, model_and_adapt
 
 @pytest.mark.parametrize("fault", FAULTS + IN_REQUESTS, ids=lambda fault: fault.__name__)
 def test_log_probabilities_show_it(fault, engine: SharedEngine, model_and_adapter) -> None:
-    with pytest.raises(CanaryError, match=r"does not sample from adapter version 2: .* differ from the trainer's by up to [\d.e-]+ nats"):
+    with pytest.raises(CanaryError, match=r"does not sample from version 2: .* differ from the trainer's by up to [\d.e-]+ nats"):
         two_versions(FaultyEngine(engine, fault, exact=False), *model_and_adapter)
 
 
 @pytest.mark.parametrize("fault", IN_REQUESTS, ids=lambda fault: fault.__name__)
 def test_requests_for_another_policy_are_seen_where_the_weights_are_right(fault, engine: SharedEngine, model_and_adapter) -> None:
-    with pytest.raises(CanaryError, match="does not sample from adapter version 2"):
+    with pytest.raises(CanaryError, match="does not sample from version 2"):
         two_versions(FaultyEngine(engine, fault, exact=True), *model_and_adapter)
 
 
@@ -175,21 +180,21 @@ def test_a_stale_prefix_cache_is_seen(engine: SharedEngine, model_and_adapter, t
 
     def under_the_old_name(faulty: FaultyEngine, policy: Policy) -> None:
         assert faulty.first is not None
-        write_folded(policy.adapter, tmp_path / "adapter", base_model="tiny")
+        write_folded(policy.payload.adapter, tmp_path / "adapter", base_model="tiny")
         replace = {"lora_name": "stale", "lora_path": str(tmp_path / "adapter"), "load_inplace": True}
-        faulty.client._call("POST", "/v1/load_lora_adapter", replace)
+        faulty.client.call("POST", "/v1/load_lora_adapter", replace)
         faulty.asks_for = "stale"
 
     model, adapter = model_and_adapter
     faulty = FaultyEngine(engine, under_the_old_name, exact=False)
     with sampler_on(faulty, model, adapter) as sampler:
         sampler.sample(EXAMPLES[:2], PARAMS, seed=1, adapter_version=1)
-        write_folded(faulty.first.adapter, tmp_path / "adapter", base_model="tiny")
+        write_folded(faulty.first.payload.adapter, tmp_path / "adapter", base_model="tiny")
         faulty.client.load_adapter("stale", tmp_path / "adapter")
         faulty.ask("stale", sampler._canary.prompts)
         move(adapter, seed=2)
         try:
-            with pytest.raises(CanaryError, match="does not sample from adapter version 2"):
+            with pytest.raises(CanaryError, match="does not sample from version 2"):
                 sampler.sample(EXAMPLES[:2], PARAMS, seed=1, adapter_version=2)
         finally:
             faulty.client.unload_adapter("stale")
@@ -203,13 +208,13 @@ def test_a_truncated_adapter_is_refused_and_the_engine_lives(files: str, engine:
         folder = policy.folder / "broken"
         if files == "shared memory":
             shutil.rmtree(folder, ignore_errors=True)
-            write_shared(policy.adapter, folder)
+            write_shared(policy.payload.adapter, folder)
             broken = folder / DATA_FILE
         else:
-            write_folded(policy.adapter, folder, base_model="tiny")
+            write_folded(policy.payload.adapter, folder, base_model="tiny")
             broken = folder / "adapter_model.safetensors"
         broken.write_bytes(broken.read_bytes()[:-100])
-        faulty.client.load_adapter(policy.model, folder)
+        faulty.client.load_adapter(policy.payload.model, folder)
 
     class Unlosable(FaultyEngine):
         def lost(self) -> None:
@@ -258,13 +263,14 @@ def test_in_bfloat16_a_small_step_is_undecidable_by_score_and_caught_by_checksum
     assert "undecidable at this precision" in said[-1]
     metrics, said = run(old_steps_adapter, exact=False)  # not seen: which is why this must not be called passed
     assert metrics["sampler/canary_undecided"] == 1
-    with pytest.raises(CanaryError, match=r"other weights than adapter version 2 .*B differs"):
+    with pytest.raises(CanaryError, match=r"other weights than version 2 .*B differs"):
         run(old_steps_adapter, exact=True)
 
 
-def policy_with(expected: list[float], before: list[float]) -> Policy:
-    adapter = FoldedAdapter({}, {})
-    return policy_of(7, "x", adapter, torch.zeros(0), Path("x"), torch.tensor([expected]), torch.tensor([before]))
+def verdict(canary: Canary, said: float, *, moved_from: float, exact: bool):
+    """Of one prompt and one token, log-probability −1 by the trainer."""
+    expected, before = torch.tensor([[-1.0]]), torch.tensor([[moved_from]])
+    return canary.check(expected, before, [{0: said}], who="s", version=7, exact=exact)
 
 
 def test_the_tolerance_comes_from_the_base_models_gap() -> None:
@@ -274,12 +280,12 @@ def test_the_tolerance_comes_from_the_base_models_gap() -> None:
     assert canary.tolerance == pytest.approx(MARGIN * gap)
     within, beyond = -1.0 - 0.9 * canary.tolerance, -1.0 - 1.1 * canary.tolerance
     moved = -1.0 + 2 * DECIDABLE * canary.tolerance
-    assert canary.check(policy_with([-1.0], [moved]), [{0: within}], who="s", exact=False).decided
-    assert not canary.check(policy_with([-1.0], [-1.0]), [{0: within}], who="s", exact=False).decided
-    assert canary.check(policy_with([-1.0], [-1.0]), [{0: within}], who="s", exact=True).decided
+    assert verdict(canary, within, moved_from=moved, exact=False).decided
+    assert not verdict(canary, within, moved_from=-1.0, exact=False).decided
+    assert verdict(canary, within, moved_from=-1.0, exact=True).decided
     for bad in (beyond, float("nan")):
-        with pytest.raises(CanaryError, match="s does not sample from adapter version 7"):
-            canary.check(policy_with([-1.0], [moved]), [{0: bad}], who="s", exact=True)
+        with pytest.raises(CanaryError, match="s does not sample from version 7"):
+            verdict(canary, bad, moved_from=moved, exact=True)
 
 
 def test_checksums_that_differ_are_named() -> None:

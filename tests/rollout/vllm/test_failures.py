@@ -168,7 +168,7 @@ class _Forward(BaseHTTPRequestHandler):
 
 
 def foreign(proxy: FlakyProxy) -> ForeignServer:
-    return ForeignServer(proxy.url, None, request_timeout=60.0, needed_length=LENGTH, base_model="tiny")
+    return ForeignServer(proxy.url, None, request_timeout=60.0, needed_length=LENGTH)
 
 
 MANY = tuple(dataclasses.replace(example, index=i) for i, example in enumerate(EXAMPLES * 4))

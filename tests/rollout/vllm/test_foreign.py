@@ -47,7 +47,7 @@ def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def foreign(url: str, key: str | None = KEY, needed_length: int = LENGTH) -> ForeignServer:
-    return ForeignServer(url, key, request_timeout=60.0, needed_length=needed_length, base_model="tiny")
+    return ForeignServer(url, key, request_timeout=60.0, needed_length=needed_length)
 
 
 def test_rollouts_of_a_plain_server_are_the_trainers(url: str) -> None:
@@ -60,8 +60,8 @@ def test_rollouts_of_a_plain_server_are_the_trainers(url: str) -> None:
             rollout = sampler.sample(EXAMPLES, PARAMS, seed=version, adapter_version=version)
             assert gap(model, rollout, PARAMS.temperature) <= tolerances.SAMPLER_LOGP_FP32
             assert rollout.metrics["sampler/canary_undecided"] == 0, "in float32 log-probabilities alone decide"
-        ours = [served["id"] for served in sampler._servers[0].client.models() if served["id"].startswith(sampler._name)]
-        assert ours == [f"{sampler._name}-v3"]
+        ours = [served["id"] for served in sampler._servers[0].client.models() if served["id"].startswith(sampler._source._name)]
+        assert ours == [f"{sampler._source._name}-v3"]
 
 
 def test_what_a_server_cannot_do_is_said_before_training(url: str) -> None:

@@ -11,7 +11,7 @@ from tests.rollout.vllm.test_sampler import gap
 
 
 def asleep(engine: SharedEngine) -> bool:
-    return engine.client._call("GET", "/is_sleeping").json()["is_sleeping"]
+    return engine.client.call("GET", "/is_sleeping").json()["is_sleeping"]
 
 
 def test_the_same_samples_with_and_without_sleep(engine: SharedEngine) -> None:

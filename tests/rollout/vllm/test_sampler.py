@@ -84,7 +84,7 @@ def test_every_step_is_swapped_in_and_old_ones_go(engine: SharedEngine) -> None:
         held = engine.client.worker("fastlora_adapters")
         assert len(held["cached"]) <= 2
         names = [model["id"] for model in engine.client.models()]
-        assert [name for name in names if name.startswith(sampler._name)] == [f"{sampler._name}-v5"]
+        assert [name for name in names if name.startswith(sampler._source._name)] == [f"{sampler._source._name}-v5"]
         assert len(held["names"]) <= 3  # the two cached ones, and the one that the last of them replaced
     assert not sampler._folder.exists()
 

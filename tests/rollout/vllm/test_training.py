@@ -11,8 +11,9 @@ import torch
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
 from fastlora.rollout.vllm import build
+from fastlora.rollout.vllm.weight_files import send_weights, write_weights
 from tests import tolerances
-from tests.rollout.vllm.engines import SharedEngine
+from tests.rollout.vllm.engines import SharedEngine, tiny_model
 from tests.trainer.runs import adapter_tensors, run, write_config
 
 AHEAD = {"vllm.staleness": "1", "loss.sampler_correction": '"token_truncate"'}
@@ -76,3 +77,33 @@ def test_on_time_the_sides_agree_and_ahead_they_differ_by_a_step(shared: None, m
     for row in on_time:
         assert {"sampler/restarts", "sampler/sampling_seconds"} <= row.keys()
     assert {"sampler/swap_seconds", "sampler/canary_max_abs"} <= on_time[1].keys()
+
+
+WEIGHTS = {
+    "full": {"method": '"full"', "lora.rank_pattern": "{}", "optim.lr": "1e-3"},
+    "merged": {"vllm.weights": '"merged"'},
+    "auto": {"vllm.weights": '"auto"'},
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_themselves_reach_the_engine(
+    case: str, shared: None, engine: SharedEngine, model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    """Full fine-tuning and merged copies: what was sampled has the trainer's log-probabilities at every step. Last, the base goes back."""
+    base = engine.client.worker("fastlora_weight_checksums")
+    try:
+        assert run(config_of(tmp_path, model_folder, **WEIGHTS[case]), "--name", "x") == 0
+        steps = rows(tmp_path / "runs" / "x")
+        assert all(row["mismatch/abs_max"] <= tolerances.SAMPLER_LOGP_FP32 for row in steps)
+        assert all(row["sampler/canary_undecided"] == 0 for row in steps[1:])
+        moved = engine.client.worker("fastlora_weight_checksums") != base
+        chosen = capsys.readouterr().out
+        assert moved == (case != "auto" or "merged copy it is" in chosen)
+        if case == "auto":
+            assert "vllm.weights = 'auto': swap and sampling of a step, measured: adapter " in chosen
+    finally:
+        folder = tmp_path / "base"
+        write_weights(folder, tiny_model().module.named_parameters(), torch.float32, version="base", complete=True)
+        send_weights(engine.client.call, folder, "base")
+    assert engine.client.worker("fastlora_weight_checksums") == base

@@ -69,7 +69,7 @@ class Engine:
     def update(self, tensors: Iterable[tuple[str, Tensor]], version: str, *, complete: bool) -> WeightIndex:
         """Writes and sends."""
         index = write_weights(self.folder, tensors, self.dtype, version=version, complete=complete)
-        send_weights(self.client._call, self.folder, version)
+        send_weights(self.client.call, self.folder, version)
         return index
 
     def held(self, part: int = 0, parts: int = 1) -> dict[str, int]:
@@ -78,12 +78,12 @@ class Engine:
 
     def version(self) -> str:
         """The stamp that vLLM shows."""
-        return self.client._call("GET", "/weight_info").json()["weight_version"]
+        return self.client.call("GET", "/weight_info").json()["weight_version"]
 
     def samples(self) -> tuple[list[int], list[float]]:
         """Eight sampled tokens after PROMPT and their log-probs."""
         body = {"model": "base", "prompt": PROMPT, "max_tokens": 8, "temperature": 1.0, "logprobs": 0, "seed": 0, "return_token_ids": True}
-        [choice] = self.client._call("POST", "/v1/completions", body | {"ignore_eos": True}).json()["choices"]
+        [choice] = self.client.call("POST", "/v1/completions", body | {"ignore_eos": True}).json()["choices"]
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
     def gap(self, model: PreTrainedModel) -> float:
@@ -95,12 +95,8 @@ class Engine:
         return max(abs(logp - float(truth[row, token])) for row, token, logp in zip(rows, tokens, logprobs, strict=True))
 
 
-WEIGHT_FLAGS = (
-    "--weight-transfer-config",
-    '{"backend":"fastlora"}',
-    "--worker-extension-cls",
-    "tests.rollout.vllm.planting.PlantingWorker",
-)
+WEIGHT_FLAGS = ("--worker-extension-cls", "tests.rollout.vllm.planting.PlantingWorker")
+"""The last one counts."""
 
 
 def _start(folder: Path, family: str, dtype: torch.dtype, max_lora_rank: int | None) -> Iterator[Engine]:
@@ -149,11 +145,11 @@ def test_vllms_own_update_leaves_stale_blocks_in_the_prefix_cache(engine: Engine
     new = engine.model(1)
     engine.samples()
     write_weights(engine.folder, frozen_parameters(new), engine.dtype, version="step-1", complete=True)
-    engine.client._call("POST", "/start_weight_update", {})
-    engine.client._call("POST", "/update_weights", {"update_info": {"folder": str(engine.folder), "version": "step-1"}})
-    engine.client._call("POST", "/finish_weight_update", {"weight_version": "step-1"})
+    engine.client.call("POST", "/start_weight_update", {})
+    engine.client.call("POST", "/update_weights", {"update_info": {"folder": str(engine.folder), "version": "step-1"}})
+    engine.client.call("POST", "/finish_weight_update", {"weight_version": "step-1"})
     assert engine.gap(new) > SAMPLER_LOGP_FP32
-    engine.client._call("POST", "/reset_prefix_cache")
+    engine.client.call("POST", "/reset_prefix_cache")
     assert engine.gap(new) <= SAMPLER_LOGP_FP32
 
 
@@ -233,7 +229,7 @@ def test_checksums_name_what_is_wrong(engine: Engine, change: Callable[[dict[str
     """A tensor that was left out, or two swapped on the way, in an update that the engine itself accepts."""
     index = write_weights(engine.folder, frozen_parameters(engine.model(1)), engine.dtype, version="step-1", complete=False)
     _rewrite(engine.folder, change)
-    send_weights(engine.client._call, engine.folder, "step-1")
+    send_weights(engine.client.call, engine.folder, "step-1")
     assert set(differing(index.checksums, engine.held())) == wrong
     _rewrite(engine.folder, lambda current: current.update(tensors=[[t.name, t.shape, t.offset, t.checksum] for t in index.tensors]))
     assert all(set(differing(part_checksums(engine.folder, part, 5), engine.held(part, 5))) == wrong for part in range(5))
@@ -304,7 +300,7 @@ def test_bad_files_are_refused_by_name_and_change_nothing(engine: Engine, fault:
     write_weights(engine.folder, frozen_parameters(engine.model(1)), engine.dtype, version="step-1", complete=True)
     plant(engine.folder)
     with pytest.raises(WeightFileError, match=message):
-        send_weights(engine.client._call, engine.folder, "step-1")
+        send_weights(engine.client.call, engine.folder, "step-1")
     assert engine.held() == held and engine.version() == "step-0" and engine.gap(engine.model(0)) <= SAMPLER_LOGP_FP32
 
 
