@@ -72,6 +72,8 @@ class CompletionSample:
     num_tokens: int
     finished: bool
     """Ended by itself; False = cut off at the length limit."""
+    adapter_version: int
+    """Number of optimizer steps behind the policy that sampled it."""
 
 
 class MetricsWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from fastlora.mismatch import mismatch_metrics
 from fastlora.model import BaseModel
 from fastlora.policy import loss_on, score
 from fastlora.rewards.deposits import Rewarded
+from fastlora.rollout.ahead import Ahead, BackgroundSampler, OnTime, Request, Rollouts
+from fastlora.rollout.replay import put_together, take_apart
 from fastlora.rollout.sampler import Sampler, SamplingParams
 from fastlora.types import Example, Rollout, TrainBatch
 
@@ -64,7 +66,7 @@ class Objective(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, JSON-able."""
+        """What a checkpoint needs: tensors, and what JSON can hold."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -90,7 +92,12 @@ class PolicyObjective:
         examples: Sequence[Example],
     ) -> None:
         self._config, self._model, self._adapter = config, model, adapter
-        self._sampler, self._reward, self._examples = sampler, reward, examples
+        self._reward, self._examples = reward, examples
+        ahead = config.vllm.staleness > 0
+        self._rollouts: Rollouts = (
+            Ahead(cast(BackgroundSampler, sampler), self._request, config.trainer.steps) if ahead else OnTime(sampler, self._request)
+        )
+        self._step = 0
         self._entropy = EntropyControl(config.loss.entropy_coef)
         self._entropy_sum = self._entropy_tokens = 0.0
         self._scored: list[TrainBatch] = []  # micro-batches of this step with their behaviour policy, where the sampler is another
@@ -99,13 +106,9 @@ class PolicyObjective:
         """Samples, rewards and, where the loss needs them, scores under the behaviour and the reference policy."""
         c = self._config
         self._scored = []
-        rows = batch_indices(step - 1, c.rollout.num_prompts, len(self._examples), c.seed)
-        r = c.rollout
-        params = SamplingParams(r.num_generations, r.max_completion_length, r.temperature, r.top_p, r.stop)
+        self._step = step
         with timer("sampling"):
-            rollout = self._sampler.sample(
-                [self._examples[row] for row in rows], params, seed=derived_seed(c.seed, step), adapter_version=adapter_version
-            )
+            rollout = self._rollouts.take(step, adapter_version)
         with timer("reward"):
             rewarded = self._reward(rollout)
             advantages = self._advantages(rollout, rewarded)
@@ -113,7 +116,15 @@ class PolicyObjective:
             options = {"mask_truncated": c.loss.mask_truncated_completions, "sampler_is_trainer": c.sampler_is_trainer}
             batch = self._with_policies(policy_batch(rollout, advantages.to(self._model.device), **options))
         samples = completion_samples(step, rollout, rewarded, advantages)[: c.log.completions]
-        return StepData(batch, rollout.num_tokens, rollout_metrics(rollout, rewarded), samples)
+        staleness = {"sampler/staleness": float(adapter_version - rollout.adapter_version)} if c.rollout.sampler == "vllm" else {}
+        return StepData(batch, rollout.num_tokens, rollout_metrics(rollout, rewarded) | staleness, samples)
+
+    def _request(self, step: int) -> Request:
+        """What step `step` samples, a function of the config alone."""
+        c, r = self._config, self._config.rollout
+        rows = batch_indices(step - 1, r.num_prompts, len(self._examples), c.seed)
+        params = SamplingParams(r.num_generations, r.max_completion_length, r.temperature, r.top_p, r.stop)
+        return Request(tuple(self._examples[row] for row in rows), params, derived_seed(c.seed, step))
 
     def _advantages(self, rollout: Rollout, rewarded: Rewarded) -> Tensor:
         c = self._config.advantage
@@ -178,14 +189,21 @@ class PolicyObjective:
         return mismatch_metrics(self._scored, self._config.loss) if self._scored else {}
 
     def state(self) -> dict[str, Any]:
-        """The entropy control; `last_entropy` None stands for infinite."""
+        """The entropy control, `last_entropy` None for infinite; the next step's rollout, if it was sampled ahead."""
         state = asdict(self._entropy)
-        return {**state, "last_entropy": state["last_entropy"] if np.isfinite(state["last_entropy"]) else None}
+        state["last_entropy"] = state["last_entropy"] if np.isfinite(state["last_entropy"]) else None
+        if (rollout := self._rollouts.pending()) is not None:
+            tensors, record = take_apart(rollout)
+            state |= {f"ahead.{name}": tensor for name, tensor in tensors.items()} | {"ahead": record, "ahead_step": self._step + 1}
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Objective."""
         last = state["last_entropy"]
         self._entropy = EntropyControl(state["coef"], float("inf") if last is None else last)
+        if "ahead" in state:
+            tensors = {name.removeprefix("ahead."): value for name, value in state.items() if name.startswith("ahead.")}
+            self._rollouts.put(state["ahead_step"], put_together(tensors, state["ahead"], self._model.device))
 
 
 class SupervisedObjective:
@@ -268,6 +286,7 @@ def completion_samples(step: int, rollout: Rollout, rewarded: Rewarded, advantag
                 advantage=float(first_advantage_n[n]),
                 num_tokens=int(rollout.completion_mask_nt[n].sum()),
                 finished=bool(rollout.finished_n[n]),
+                adapter_version=rollout.adapter_version,
             )
         )
     return samples

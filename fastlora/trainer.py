@@ -144,14 +144,14 @@ class Trainer:
     def _save(self, writer: MetricsWriter) -> None:
         """A checkpoint of the last finished step; metrics reach the disk first, so that they can be cut back to it."""
         writer.flush()
-        optimizer = self.parts.optimizer.state_dict()
+        optimizer_tensors, optimizer = _split_tensors("optimizer", self.parts.optimizer.state_dict())
+        objective_tensors, objective = _split_tensors("objective", self.parts.objective.state())
         rng_tensors, rng_json = rng_state()
-        tensors = {"parameters": self.parts.flat.data, **rng_tensors}
-        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        tensors = {"parameters": self.parts.flat.data, **rng_tensors, **optimizer_tensors, **objective_tensors}
         state: dict[str, Any] = {
             "progress": {name: getattr(self.done, name) for name in Done.__slots__},
-            "optimizer": {name: value for name, value in optimizer.items() if not isinstance(value, torch.Tensor)},
-            "objective": self.parts.objective.state(),
+            "optimizer": optimizer,
+            "objective": objective,
             "rng": rng_json,
         }
         save_checkpoint(
@@ -167,9 +167,8 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
         self.parts.flat.data.copy_(tensors["parameters"])
-        moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-        self.parts.optimizer.load_state_dict({**moments, **state["optimizer"]})
-        self.parts.objective.restore(state["objective"])
+        self.parts.optimizer.load_state_dict(_joined_tensors("optimizer", tensors) | state["optimizer"])
+        self.parts.objective.restore(_joined_tensors("objective", tensors) | state["objective"])
         self.done = Done(**state["progress"])
         restore_rng_state(tensors, state["rng"])
 
@@ -188,3 +187,14 @@ class Trainer:
 
         stack.push(on_exit)
         return stack
+
+
+def _split_tensors(owner: str, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors under the owner's name, the rest): the two halves of a checkpoint."""
+    tensors = {f"{owner}.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+
+
+def _joined_tensors(owner: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The owner's tensors of a checkpoint, by their own names."""
+    return {name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")}

@@ -34,7 +34,7 @@ SEGMENTS = [  # uneven ranks; gate_proj has rank 0 and so no segments; down_proj
 
 def write_step(writer: MetricsWriter, step: int) -> None:
     writer.step(step, {"loss": 1 / step, "reward/mean": step / 7})
-    writer.completions([CompletionSample(step, "p", f"line\u2028{step} é", "4", {"outcome": 1.0}, 0.5, 3, True)])
+    writer.completions([CompletionSample(step, "p", f"line\u2028{step} é", "4", {"outcome": 1.0}, 0.5, 3, True, step - 1)])
     writer.gradient_norms(step, SEGMENTS, torch.arange(3.0) + step / 3)
 
 
@@ -56,13 +56,13 @@ def strict(line: str) -> dict[str, object]:
 def test_rows_are_strict_json_and_on_the_disk_at_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     writer.step(1, {"loss": math.nan, "kl": math.inf, "grad_norm": -math.inf, "lr": 3e-4, "tokens": 7})
-    writer.completions([CompletionSample(1, "<p>", "\n", "4", {"a": math.nan, "b": None, "c": 0.5}, math.nan, 1, False)])
+    writer.completions([CompletionSample(1, "<p>", "\n", "4", {"a": math.nan, "b": None, "c": 0.5}, math.nan, 1, False, 0)])
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {
         "step": 1, "loss": None, "kl": None, "grad_norm": None, "lr": 3e-4, "tokens": 7,
     }  # fmt: skip
     assert strict((tmp_path / "completions.jsonl").read_text()) == {
         "step": 1, "prompt": "<p>", "completion": "\n", "gold": "4", "rewards": {"a": None, "b": None, "c": 0.5},
-        "advantage": None, "num_tokens": 1, "finished": False,
+        "advantage": None, "num_tokens": 1, "finished": False, "adapter_version": 0,
     }  # fmt: skip
 
 

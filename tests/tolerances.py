@@ -75,3 +75,6 @@ buffers are not planned."""
 SAMPLER_LOGP_FP32 = 1e-4
 """|log π_engine − log π_trainer| per token in float32, nats: issue 5's number. Two correct forward passes of the tiny model differ by up to
 2e-6, of SmolLM2-135M by 3e-5."""
+
+BF16_ROUNDED_ONCE = 2**-8
+"""Relative distance of a number from the nearest bfloat16 is at most 2^-9, from its neighbour (the float32 sum fell just across) 2^-8."""

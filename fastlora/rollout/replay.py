@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from fastlora.atomic import atomic_write_bytes
 from fastlora.rollout.sampler import Sampler, SamplerError, SamplingParams
@@ -26,13 +28,7 @@ def rollout_file(folder: Path, adapter_version: int) -> Path:
 def write_rollout(rollout: Rollout, path: Path) -> None:
     """Writes a rollout, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(rollout, name).cpu().contiguous() for name in TENSORS}
-    record = {
-        "num_generations": rollout.num_generations,
-        "texts": rollout.texts,
-        "adapter_version": rollout.adapter_version,
-        "examples": [asdict(example) for example in rollout.examples],
-    }
+    tensors, record = take_apart(rollout)
     atomic_write_bytes(path, save(tensors, metadata={"rollout": json.dumps(record)}))
 
 
@@ -42,17 +38,33 @@ def read_rollout(path: Path, device: torch.device | str = "cpu") -> Rollout:
         raise SamplerError(f"{path}: no recorded rollout; the recording has fewer steps, or another schedule, than this run")
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["rollout"])
-            tensors = {name: file.get_tensor(name).to(device) for name in TENSORS}
-        return Rollout(
-            examples=tuple(Example(**example) for example in record["examples"]),
-            num_generations=record["num_generations"],
-            texts=tuple(record["texts"]),
-            adapter_version=record["adapter_version"],
-            **tensors,
-        )
+            return put_together({name: file.get_tensor(name) for name in TENSORS}, json.loads(file.metadata()["rollout"]), device)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:  # TypeError: no metadata, or of another version
         raise SamplerError(f"{path} is damaged, or no recorded rollout: {error}") from None
+
+
+def take_apart(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(its tensors on the CPU, the rest as JSON); what the sampler measured on the way is left out."""
+    tensors = {name: getattr(rollout, name).cpu().contiguous() for name in TENSORS}
+    record = {
+        "num_generations": rollout.num_generations,
+        "texts": list(rollout.texts),
+        "adapter_version": rollout.adapter_version,
+        "examples": [asdict(example) for example in rollout.examples],
+    }
+    return tensors, record
+
+
+def put_together(tensors: Mapping[str, Tensor], record: Mapping[str, Any], device: torch.device | str) -> Rollout:
+    """The inverse of `take_apart`. Raises KeyError or TypeError for parts of something else."""
+    parts: dict[str, Any] = {name: tensors[name].to(device) for name in TENSORS}
+    return Rollout(
+        examples=tuple(Example(**example) for example in record["examples"]),
+        num_generations=record["num_generations"],
+        texts=tuple(record["texts"]),
+        adapter_version=record["adapter_version"],
+        **parts,
+    )
 
 
 class RecordingSampler:

@@ -135,9 +135,11 @@ def training_samples(step: int, rng: Generator) -> list[CompletionSample]:
     """One of each kind: right, wrong and cut off, hostile and unscorable."""
     prompt, gold = problem(step)
     return [
-        CompletionSample(step, prompt, f" {gold}.", str(gold), {"first_integer": 1.0}, 0.9, 4, True),
-        CompletionSample(step, prompt, f" {gold + 1} because " * 3, str(gold), {"first_integer": 0.0}, float(rng.normal()), 16, False),
-        CompletionSample(step, prompt, HOSTILE, str(gold), {"first_integer": float("nan")}, float("nan"), 9, True),
+        CompletionSample(step, prompt, f" {gold}.", str(gold), {"first_integer": 1.0}, 0.9, 4, True, step - 1),
+        CompletionSample(
+            step, prompt, f" {gold + 1} because " * 3, str(gold), {"first_integer": 0.0}, float(rng.normal()), 16, False, step - 1
+        ),
+        CompletionSample(step, prompt, HOSTILE, str(gold), {"first_integer": float("nan")}, float("nan"), 9, True, step - 1),
     ]
 
 
