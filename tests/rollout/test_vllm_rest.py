@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastlora.policy import next_token_logp
 from fastlora.rollout.vllm.canary import Canary, CanaryError
@@ -50,17 +51,19 @@ class StandInProcess:
         self.client = None
 
 
-def test_own_engine_sleeps_once_and_wakes_once() -> None:
-    process = StandInProcess()
+def test_own_engine_sleeps_once_and_wakes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, emptied = StandInProcess(), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(list(process.client.calls) if process.client else None))
     engine = OwnEngine(process, sleeps=True)  # type: ignore[arg-type]
     assert not engine.wake()
     engine.rest()
     engine.rest()
     assert engine.wake() and not engine.wake()
     assert process.client is not None and process.client.calls == ["sleep", "wake_up"]
+    assert emptied == [["sleep"]]  # the trainer's freed memory goes back before the engine wants it
     engine.rest()
     engine.start()  # a new process is awake
-    assert not engine.wake() and process.client.calls == ["fastlora_prepare"]
+    assert not engine.wake() and process.client.calls == ["fastlora_prepare"] and len(emptied) == 2
     engine.rest()
     engine.lost()
     engine.rest()  # nobody there

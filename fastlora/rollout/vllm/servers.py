@@ -132,6 +132,7 @@ class OwnEngine(Server):
 
     def start(self) -> None:
         self._asleep = False
+        torch.cuda.empty_cache()  # torch keeps what the trainer has freed; the engine needs it (no effect on a CPU)
         self._process.start().worker("fastlora_prepare")
 
     def alive(self) -> bool:
@@ -168,7 +169,7 @@ class OwnEngine(Server):
     def wake(self) -> bool:
         if not self._asleep:
             return False
-        torch.cuda.empty_cache()  # torch keeps what the update has freed; the engine needs it now
+        torch.cuda.empty_cache()  # as in `start`
         self.client.wake_up()
         self._asleep = False
         return True
