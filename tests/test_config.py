@@ -126,6 +126,20 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "weights": ("[reward]\nweights = [1.0, 2.0]", "reward.weights has 2 entries for 1 reward.functions"),
     "no reward": ("[reward]\nfunctions = []", "reward.functions is empty"),
     "replay without path": ("[rollout]\nsampler = 'replay'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
+    "vllm and 4 bits": (
+        "[model]\nquantization = 'nf4'\n[rollout]\nsampler = 'vllm'",
+        "rollout.sampler = 'vllm' would sample from the base model in full precision",
+    ),
+    "vllm's settings without vllm": ("[vllm]\nmax_restarts = 1", "[vllm] is set, but rollout.sampler = 'torch'"),
+    "merged on a foreign server": (
+        "[rollout]\nsampler = 'vllm'\n[vllm]\nservers = ['http://h:1']\nweights = 'merged'",
+        "vllm.servers take adapters only",
+    ),
+    "ahead without a correction": ("[rollout]\nsampler = 'vllm'\n[vllm]\nstaleness = 1", "set loss.sampler_correction"),
+    "recording ahead": (
+        "[rollout]\nsampler = 'vllm'\nrecord_path = 'x'\n[vllm]\nstaleness = 1\n[loss]\nsampler_correction = 'sequence_mask'",
+        "rollout.record_path records what is sampled and trained on in the same step",
+    ),
     "path without replay": ("[rollout]\nreplay_path = 'x'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
     "correction of the trainer itself": (
         "[loss]\nsampler_correction = 'token_mask'",

@@ -15,7 +15,7 @@ import torch
 from fastlora.policy import next_token_logp
 from fastlora.rollout.vllm.canary import Canary, CanaryError
 from fastlora.rollout.vllm.client import Completion, EngineGoneError
-from fastlora.rollout.vllm.policy import Policy
+from fastlora.rollout.vllm.policy import AdapterSource, Policy
 from fastlora.rollout.vllm.sampler import VllmSampler
 from fastlora.rollout.vllm.servers import OwnEngine, Server
 from tests.rollout.vllm.engines import EXAMPLES, PARAMS, adapted, move, tiny_model
@@ -104,7 +104,7 @@ class StandIn(Server):
     def alive(self) -> bool:
         return self.running
 
-    def stop(self) -> None:
+    def stop(self, held=()) -> None:
         self.note("stop")
 
     def lost(self) -> None:
@@ -157,7 +157,8 @@ def stand_in(tmp_path: Path):
     adapter = adapted(model, strength=0.0)
     server = StandIn(model, adapter)
     canary = Canary([[3, 4, 5, 6], [7, 8, 9]])
-    with VllmSampler(model, adapter, [server], canary, name="t", folder=tmp_path / "a", max_restarts=1, say=lambda _: None) as sampler:
+    source = AdapterSource(adapter, model, "t")
+    with VllmSampler(model, source, [server], canary, folder=tmp_path / "a", max_restarts=1, say=lambda _: None) as sampler:
         server.diary.clear()
         yield server, sampler, adapter
 
