@@ -38,8 +38,9 @@ def _some_rows(logits_tv: Tensor, targets_t: Tensor, temperature: float, top_p: 
     before_tv = p_tv.cumsum(-1) - p_tv
     place_t1 = (order_tv == targets_t[:, None]).int().argmax(-1, keepdim=True)
     inside_tv = before_tv < top_p
-    outside_t1 = inside_tv.sum(-1, keepdim=True).clamp(max=p_tv.shape[1] - 1)
-    nearest = torch.cat([before_tv.gather(1, place) - top_p for place in (place_t1, outside_t1 - 1, outside_t1)], dim=1).abs()
+    last_t1 = inside_tv.sum(-1, keepdim=True) - 1  # the most probable token is always inside
+    first_outside_t1 = (last_t1 + 1).clamp(max=p_tv.shape[1] - 1)
+    nearest = torch.cat([before_tv.gather(1, at) - top_p for at in (place_t1, last_t1, first_outside_t1)], dim=1).abs()
     mass_t1 = p_tv.masked_fill(~inside_tv.scatter(1, place_t1, True), 0).sum(-1, keepdim=True)
     return (logp_tv.gather(1, place_t1) - mass_t1.log()).squeeze(1), nearest.amin(1)
 

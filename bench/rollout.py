@@ -8,7 +8,8 @@
 
 16 completions of exactly 128 tokens for 4 prompts, ranks from 4 to 32 on all modules. Rollouts, swaps and steps of vLLM each have a policy
 of a new version, whose prefixes are not cached. Needs vLLM. `--only swaps logprobs` measures these parts alone and puts them into the
-newest summary of this device; --check exits 1 when a target is missed; --dry-run takes a minute, measures 8 tokens and writes nothing.
+newest summary of this device. --check writes nothing and exits 1 when a target is missed; the soak is `--only swaps --check`.
+--dry-run measures 8 tokens, once, and writes nothing.
 
 Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object. Rows are written to OUT/DEVICE/rollout.jsonl,
 the JSON object to rollout_summary.jsonl beside it.
@@ -31,7 +32,8 @@ from bench.command_line import parser, positive
 from bench.contender import Contender
 from bench.race import Result, Worker, WorkerError, race
 from bench.record import describe, write_workload
-from bench.rollout_report import Measured, missed, numbers, print_tables, write_measured
+from bench.report import device_slug
+from bench.rollout_report import SUMMARY, Measured, missed, numbers, print_tables, write_measured
 from bench.workload import Settings, uneven_ranks
 from fastlora.lora.peft_format import load_adapter
 
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             say(str(error))
             return 1
     print_tables(measured, Console(width=180))
-    if not options.dry_run:
+    if options.writes:
         write_measured(measured, parts, not options.only, options.out)
     found = numbers(measured)
     if options.json:
@@ -80,11 +82,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--pairs", type=positive, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
     command.add_argument("--swaps", type=positive, default=500, metavar="N", help="versions swapped in in a row (default 500)")
     command.add_argument("--only", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"of {', '.join(PARTS)}")
-    command.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+    command.add_argument("--check", action="store_true", help="write nothing, exit 1 when a target is missed")
     command.add_argument("--dry-run", action="store_true", help="one pair of 8 tokens, five swaps, nothing written")
     options = command.parse_args(argv)
     if options.dry_run:
         options.pairs, options.swaps = 1, DRY_SWAPS
+    options.writes = not (options.dry_run or options.check)
+    if options.writes and options.only and not (options.out / device_slug() / f"{SUMMARY}.jsonl").is_file():
+        command.error(f"--only {' '.join(options.only)}: there is no summary of this device in {options.out} yet; measure everything once")
     return options
 
 

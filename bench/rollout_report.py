@@ -40,6 +40,9 @@ TARGETS = (
 SUFFIXES: Mapping[DType, str] = {"float32": "", "bfloat16": "_bf16"}
 """Of the JSON's keys."""
 
+SUMMARY = "rollout_summary"
+"""File of the JSON objects."""
+
 WARMED_UP = 0.2
 """Of the swaps: caches fill, and the allocator takes what it will keep."""
 
@@ -195,9 +198,9 @@ def write_measured(measured: Measured, parts: Sequence[str], complete: bool, fol
     into the newest summary. Raises FileNotFoundError when there is none."""
     append_rows(list(rows(measured)), folder / device_slug() / "rollout.jsonl")
     if complete:
-        append_rows([numbers(measured)], folder / device_slug() / "rollout_summary.jsonl")
+        append_rows([numbers(measured)], folder / device_slug() / f"{SUMMARY}.jsonl")
     else:
-        merge_summary(numbers(measured), parts, folder, "rollout_summary")
+        merge_summary(numbers(measured), parts, folder, SUMMARY)
 
 
 def print_tables(measured: Measured, console: Console) -> None:
