@@ -64,9 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 def readme_part(devices: Sequence[Path]) -> str:
     """The newest summaries' targets, and where they were measured; nothing of rollouts before they were."""
     parts = []
-    for name, write in (("train_step_summary", targets_part), ("rollout_summary", rollout_targets_part)):
+    for name, write, contenders in (
+        ("train_step_summary", targets_part, "contenders"),
+        ("rollout_summary", rollout_targets_part, "rollout_contenders"),
+    ):
         for last in [row for folder in devices for row in read_rows(folder / f"{name}.jsonl")][-1:]:
-            runs = last["contenders"][0]["runs"]
+            runs = last[contenders][0]["runs"]
             parts.append(f"{write([last], '', Path())}\n{last['device']}, {last['threads']} threads, medians of {runs} interleaved runs.\n")
     return "\n".join(parts)
 

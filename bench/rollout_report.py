@@ -63,9 +63,14 @@ class Measured:
     """The engine as it runs, and compiled."""
 
 
+def summary(measured: Measured) -> dict[str, Any]:
+    """The JSON object."""
+    where = {"shape": measured.shape, "threads": measured.threads, "device": device_name(), "commit": commit()}
+    return numbers(measured) | where
+
+
 def numbers(measured: Measured) -> dict[str, Any]:
-    """The JSON object; ratios of medians of one race each."""
-    races = [*measured.rollouts.values(), *measured.steps.values(), measured.compiled]
+    """Of the parts that were measured; ratios of medians of one race each."""
     found: dict[str, Any] = {}
     for dtype, race in measured.rollouts.items():
         found |= {f"rollout_speedup{SUFFIXES[dtype]}": speedup(race), f"rollout_vs_torch{SUFFIXES[dtype]}": race[1].median / race[0].median}
@@ -78,17 +83,15 @@ def numbers(measured: Measured) -> dict[str, Any]:
         found |= logprob_numbers(measured.logprobs)
     if measured.compiled:
         found["compiled_speedup"] = measured.compiled[0].median / measured.compiled[1].median
-    return {
-        **found,
-        "tokens_per_second": {result.contender.name: rate for race in races for result in race if (rate := tokens_per_second(result))},
-        "contenders": [
-            {"name": result.contender.name, **result.summary(), "metrics": medians(result)} for race in races for result in race
-        ],
-        "shape": measured.shape,
-        "threads": measured.threads,
-        "device": device_name(),
-        "commit": commit(),
-    }
+    groups = {"rollout": measured.rollouts.values(), "step": measured.steps.values(), "compiled": [measured.compiled]}
+    contenders = {f"{name}_contenders": [about(result) for race in races for result in race] for name, races in groups.items()}
+    return found | {name: shown for name, shown in contenders.items() if shown}
+
+
+def about(result: Result) -> dict[str, Any]:
+    """One contender, JSON-able."""
+    metrics = {name: float(np.median(values)) for name, values in result.metrics.items()}
+    return {"name": result.contender.name, **result.summary(), "tokens_per_second": tokens_per_second(result), "metrics": metrics}
 
 
 def share(result: Result, metric: str) -> float:
@@ -99,11 +102,6 @@ def share(result: Result, metric: str) -> float:
 def tokens_per_second(result: Result) -> float | None:
     """Completion tokens over wall seconds; None where none were counted."""
     return float(np.median(result.metrics["tokens"])) / result.median if "tokens" in result.metrics else None
-
-
-def medians(result: Result) -> dict[str, float]:
-    """Of every metric."""
-    return {name: float(np.median(values)) for name, values in result.metrics.items()}
 
 
 def swap_numbers(swaps: Result, adapter_bytes: int) -> dict[str, Any]:
@@ -198,7 +196,7 @@ def write_measured(measured: Measured, parts: Sequence[str], complete: bool, fol
     into the newest summary. Raises FileNotFoundError when there is none."""
     append_rows(list(rows(measured)), folder / device_slug() / "rollout.jsonl")
     if complete:
-        append_rows([numbers(measured)], folder / device_slug() / f"{SUMMARY}.jsonl")
+        append_rows([summary(measured)], folder / device_slug() / f"{SUMMARY}.jsonl")
     else:
         merge_summary(numbers(measured), parts, folder, SUMMARY)
 

@@ -12,8 +12,8 @@ from bench.race import Result
 from bench.report import TARGETS
 from bench.rollout import RIVALS, VLLM
 from bench.rollout_report import Measured
-from bench.rollout_report import numbers as rollout_numbers
 from bench.rollout_report import rows as rollout_rows
+from bench.rollout_report import summary as rollout_summary
 from bench.rows import Row, append_rows, timing
 from bench.scaling import Machine
 
@@ -100,4 +100,4 @@ def write_all(results: Path) -> None:
     append_rows(ops_rows(), folder / "ops.jsonl")
     append_rows(scaling_rows(), folder / "scaling.jsonl")
     append_rows(list(rollout_rows(rollouts_measured())), folder / "rollout.jsonl")
-    append_rows([rollout_numbers(rollouts_measured())], folder / "rollout_summary.jsonl")
+    append_rows([rollout_summary(rollouts_measured())], folder / "rollout_summary.jsonl")

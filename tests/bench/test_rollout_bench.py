@@ -15,7 +15,7 @@ from bench.figures import main as figures
 from bench.nucleus import agreement, nucleus_logp
 from bench.report import device_slug
 from bench.rollout import RIVALS, TORCH, TRL, VLLM, parse
-from bench.rollout_report import TARGETS, missed, numbers, print_tables, slope, write_measured
+from bench.rollout_report import TARGETS, missed, numbers, print_tables, slope, summary, write_measured
 from bench.rows import read_rows
 from bench.workload import RANK, SMALLEST_RANK, Settings, read_settings, uneven_ranks, write_settings
 from tests.bench.synthetic_rows import rollouts_measured, write_all
@@ -74,9 +74,10 @@ def test_slope_leaves_the_warm_up_out() -> None:
 
 
 def test_json() -> None:
-    found = json.loads(json.dumps(numbers(rollouts_measured())))
+    found = json.loads(json.dumps(summary(rollouts_measured())))
     assert found.keys() >= REQUIRED | {target.key for target in TARGETS}
-    assert found["tokens_per_second"][VLLM.name] == pytest.approx(2048 / 5)
+    ours = found["rollout_contenders"][0]
+    assert (ours["name"], ours["tokens_per_second"]) == (VLLM.name, pytest.approx(2048 / 5))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_part_alone_has_its_own_numbers_and_goes_into_the_last_summary(tmp_pat
     write_measured(rollouts_measured(leak=20.0), [], True, tmp_path)
     write_measured(swaps, ["swaps"], False, tmp_path)
     last = read_rows(tmp_path / device_slug() / "rollout_summary.jsonl")[-1]
-    assert (last["soak_worker_growth"], last["rollout_speedup"]) == (pytest.approx(0.0), 4.0)
+    assert (last["soak_worker_growth"], last["rollout_speedup"]) == (pytest.approx(0.0, abs=1e-6), 4.0)
     assert last["again"].keys() == {"swaps"}
 
 
