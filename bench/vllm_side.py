@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bench.contender import Clock, Commands, Contender, Report, peak_bytes
 from bench.fastlora_side import sampling, serve_rollouts, serve_steps
-from bench.nucleus import agreement, nucleus_logp
+from bench.nucleus import agreement, nucleus_edge
 from bench.workload import run_config
 from fastlora.batches import policy_batch
 from fastlora.build import Parts, build
@@ -35,7 +36,7 @@ from fastlora.rollout.vllm.client import VllmClient
 from fastlora.rollout.vllm.sampler import VllmSampler
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
-from fastlora.types import Rollout
+from fastlora.types import Rollout, TrainBatch
 
 LOGPROB_TEMPERATURE, LOGPROB_TOP_P = 0.7, 0.9
 """Issue 5's."""
@@ -133,42 +134,41 @@ def footprint(sampler: VllmSampler) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def serve_logprobs(config: RunConfig, parts: Parts, commands: Commands, report: Report) -> None:
-    """All completions once under the full softmax and once under a nucleus: the engine's log-probabilities against the trainer's."""
+    """All completions once under the full softmax and once under a nucleus: the engine's log-probabilities against the trainer's.
+
+    adapter_effect: mean |log π − log π_base| of the first, nats: an adapter that did nothing would prove nothing.
+    """
     assert parts.adapter is not None
     for version, _ in enumerate(commands, start=1):
         start = Clock.now()
         metrics = {}
         for name, top_p in (("full", 1.0), ("nucleus", LOGPROB_TOP_P)):
-            params = SamplingParams(sampling(config).num_generations, sampling(config).max_completion_length, LOGPROB_TEMPERATURE, top_p)
+            params = replace(sampling(config), temperature=LOGPROB_TEMPERATURE, top_p=top_p)
             rollout = parts.sampler.sample(parts.eval_examples, params, seed=version, adapter_version=version)
-            said_t = rollout.sampler_logp_nt[rollout.completion_mask_nt]
-            ours_t, edge_t = nucleus_scores(parts, rollout, top_p) if top_p < 1 else full_scores(parts, rollout)
-            metrics |= agreement(said_t, ours_t, edge_t).metrics(name)
+            scores_t = trainer_scores(config, parts, rollout, top_p)
+            edge_t = edges(parts, rollout, top_p) if top_p < 1 else torch.full_like(scores_t, torch.inf)
+            metrics |= agreement(rollout.sampler_logp_nt[rollout.completion_mask_nt], scores_t, edge_t).metrics(name)
             if top_p == 1:
                 with parts.adapter.disabled():
-                    metrics["adapter_effect"] = float((full_scores(parts, rollout)[0] - ours_t).abs().mean())
+                    metrics["adapter_effect"] = float((trainer_scores(config, parts, rollout, top_p) - scores_t).abs().mean())
         start.report_to(report, metrics)
 
 
-@torch.no_grad()
-def full_scores(parts: Parts, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """(the trainer's log-probabilities of the sampled tokens; no token is near an edge), [completion tokens]."""
-    logp_nt, _ = score(parts.model.module, batch_of(rollout), LOGPROB_TEMPERATURE, "cpp")
-    logp_t = logp_nt[rollout.completion_mask_nt]
-    return logp_t, torch.full_like(logp_t, torch.inf)
+def trainer_scores(config: RunConfig, parts: Parts, rollout: Rollout, top_p: float) -> Tensor:
+    """The trainer's own log-probabilities of the sampled tokens, [completion tokens]."""
+    logp_nt, _ = score(parts.model.module, batch_of(rollout), LOGPROB_TEMPERATURE, config.trainer.implementation, top_p)
+    return logp_nt[rollout.completion_mask_nt]
 
 
-@torch.no_grad()
-def nucleus_scores(parts: Parts, rollout: Rollout, top_p: float) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, edges) from the logits of the trainer's forward pass."""
+def edges(parts: Parts, rollout: Rollout, top_p: float) -> Tensor:
+    """nucleus_edge of the sampled tokens, from the logits of the trainer's forward pass."""
     packed = pack(batch_of(rollout))
-    head = parts.model.module.get_output_embeddings()
-    logp_c, edge_c = nucleus_logp(head(_predictors(parts.model.module, packed)), packed.targets_c, LOGPROB_TEMPERATURE, top_p)
-    mask = rollout.completion_mask_nt
-    return packed.unpack(logp_c)[mask], packed.unpack(edge_c)[mask]
+    logits_cv = parts.model.module.get_output_embeddings()(_predictors(parts.model.module, packed))
+    return packed.unpack(nucleus_edge(logits_cv, packed.targets_c, LOGPROB_TEMPERATURE, top_p))[rollout.completion_mask_nt]
 
 
-def batch_of(rollout: Rollout) -> Any:
+def batch_of(rollout: Rollout) -> TrainBatch:
     """Its tokens as the trainer reads them."""
     return policy_batch(rollout, torch.zeros(len(rollout.texts)), mask_truncated=False)

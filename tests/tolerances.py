@@ -71,3 +71,6 @@ LONG_SUMS_IN_FLOAT32 = 6e-6
 MEMORY_PLAN = 0.15
 """The planner's expected peak against the measured one, relative: what issue 3 asks for. The heap's fragments and the libraries' own
 buffers are not planned."""
+
+CUMULATIVE_PROBABILITY = 1e-6
+"""Sum of up to 101 float32 probabilities that add up to 1, and one difference: √101 · 2^-24 = 6e-7 at worst; measured against 1e-4."""
