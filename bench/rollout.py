@@ -34,10 +34,15 @@ from bench.race import Result, Worker, WorkerError, race
 from bench.record import describe, write_workload
 from bench.report import device_slug
 from bench.rollout_report import SUMMARY, Measured, missed, numbers, print_tables, summary, write_measured
-from bench.workload import Settings, uneven_ranks
+from bench.workload import COMPLETION_TOKENS, SAMPLES, Settings, uneven_ranks
 from fastlora.lora.peft_format import load_adapter
 
 Say = Callable[[str], None]
+
+
+class TokensError(RuntimeError):
+    """A contender does not do the work that it is timed for."""
+
 
 VLLM = Contender("fastlora-vllm", "float32", work="rollout")
 TORCH = Contender("fastlora", "float32", work="rollout")
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastlora-rollout-") as scratch:
         try:
             measured = measure(parts, Path(scratch), options, say)
-        except WorkerError as error:
+        except (WorkerError, TokensError) as error:
             say(str(error))
             return 1
     print_tables(measured, Console(width=180))
@@ -93,14 +98,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say: Say) -> Measured:
-    """The parts asked for, in the order of the module's docstring. Raises WorkerError."""
+    """The parts asked for, in the order of the module's docstring. Raises WorkerError, TokensError."""
     torch.set_num_threads(options.threads)
     say("recording the workload")
-    settings = Settings(uneven_ranks())
-    rollout = write_workload(folder, replace(settings, completion_tokens=DRY_TOKENS) if options.dry_run else settings)
+    settings = Settings(uneven_ranks(), DRY_TOKENS if options.dry_run else COMPLETION_TOKENS)
+    rollout = write_workload(folder, settings)
+    expected = SAMPLES * settings.completion_tokens
 
     def turns(rivals: Sequence[Contender]) -> list[Result]:
-        return race(rivals, folder, options.threads, options.pairs, say)
+        results = race(rivals, folder, options.threads, options.pairs, say)
+        check_tokens(results, expected)
+        return results
 
     def alone(contender: Contender, runs: int) -> Result:
         return measure_alone(contender, folder, options.threads, runs, say)
@@ -116,6 +124,13 @@ def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say
         logprobs=alone(replace(VLLM, work="logprob"), 1) if "logprobs" in parts else None,
         compiled=turns([VLLM, replace(VLLM, compiled=True)]) if "compiled" in parts else (),
     )
+
+
+def check_tokens(results: Sequence[Result], expected: int) -> None:
+    """Raises TokensError for a contender that has sampled more or fewer than the others (those that count)."""
+    for result in results:
+        if odd := [tokens for tokens in result.metrics.get("tokens", []) if tokens != expected]:
+            raise TokensError(f"{result.contender.name} sampled {odd[0]:.0f} tokens in a run instead of {expected}: not the others' work")
 
 
 def measure_alone(contender: Contender, folder: Path, threads: int, runs: int, say: Say) -> Result:

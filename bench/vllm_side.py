@@ -7,7 +7,7 @@ resident sets: shared pages count twice, and the peaks may be of different momen
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from fastlora.packing import pack
 from fastlora.policy import _predictors, score
 from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.vllm import build as vllm_build
+from fastlora.rollout.vllm import client as vllm_client
 from fastlora.rollout.vllm import process as vllm_process
-from fastlora.rollout.vllm.client import VllmClient
+from fastlora.rollout.vllm.client import _sampling
 from fastlora.rollout.vllm.sampler import VllmSampler
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
@@ -45,18 +46,16 @@ SMALLEST_MOVE = 1e-6
 """Added to every entry of A and B before a swap: other bits in every module."""
 
 
-class EndlessClient(VllmClient):
-    """No completion ends before its last token, as in every other contender."""
-
-    def _complete(self, model: str, prompt_ids: Any, **settings: Any) -> dict[str, Any]:
-        return super()._complete(model, prompt_ids, **settings | {"ignore_eos": True, "stop_token_ids": []})
+def without_end(params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """fastlora's request, but that no completion ends before its last token, as in every other contender."""
+    return _sampling(params, ()) | {"ignore_eos": True}
 
 
 def serve(contender: Contender, folder: Path, commands: Commands, report: Report) -> None:
     """See contender.Serve."""
     config = run_config(folder, contender.dtype, micro_batch=contender.micro_batch, sampler="vllm")
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(vllm_process, "VllmClient", EndlessClient))
+        stack.enter_context(mock.patch.object(vllm_client, "_sampling", without_end))
         if contender.compiled:
             stack.enter_context(mock.patch.object(vllm_build, "engine_flags", compiled_flags))
         parts = build(config, Console(quiet=True))

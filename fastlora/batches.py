@@ -14,8 +14,11 @@ from fastlora.rollout.sampler import pad_left, pad_right
 from fastlora.types import Example, Rollout, TrainBatch
 
 
-def policy_batch(rollout: Rollout, advantages: Tensor, *, mask_truncated: bool) -> TrainBatch:
-    """The training record of a rollout; advantages [n] or [n,t]. mask_truncated: completions cut off at the limit do not train."""
+def policy_batch(rollout: Rollout, advantages: Tensor, *, mask_truncated: bool, sampler_is_trainer: bool = True) -> TrainBatch:
+    """The training record of a rollout; advantages [n] or [n,t]. mask_truncated: completions cut off at the limit do not train.
+
+    sampler_is_trainer: what the sampler said of its tokens is what the trainer would say, and is not kept.
+    """
     loss_mask = rollout.completion_mask_nt
     if mask_truncated:
         loss_mask = loss_mask & rollout.finished_n[:, None]
@@ -28,7 +31,7 @@ def policy_batch(rollout: Rollout, advantages: Tensor, *, mask_truncated: bool) 
         advantages_nt=advantages[:, None] if advantages.dim() == 1 else advantages,
         old_logp_nt=None,
         ref_logp_nt=None,
-        sampler_logp_nt=None,
+        sampler_logp_nt=None if sampler_is_trainer else rollout.sampler_logp_nt,
         num_items_in_batch=int(loss_mask.sum()),
     )
 

@@ -211,6 +211,17 @@ class LossConfig(Section):
     """Train only on this share of tokens, those with the highest entropy; 1 = all."""
     off_policy_mask_threshold: Annotated[float, Field(gt=0.0)] | None = None
     """Drop negative-advantage sequences whose mean KL to the sampler exceeds this; None = keep all."""
+    sampler_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Importance sampling for a sampler that is not the trainer (fastlora/losses/importance_sampling.py): π_old / π_sampler per token or
+    per sequence, clipped to its bounds or set to 0 outside them (TRL's vllm_importance_sampling_mode). Token modes cost nothing, sequence
+    modes a second pass over the head."""
+    sampler_correction_max: Annotated[float, Field(gt=0.0)] | None = 3.0
+    """Upper bound of that ratio; None = none (TRL's vllm_importance_sampling_clip_max)."""
+    sampler_correction_min: Annotated[float, Field(ge=0.0)] = 0.0
+    """Lower bound of that ratio; 0 = none (TRL's vllm_importance_sampling_clip_min)."""
+    renormalize_top_p: bool = False
+    """rollout.top_p < 1: log-probabilities and entropies of the distribution renormalised over the nucleus, which is what is sampled from,
+    instead of the full softmax (fastlora/ops/nucleus_rows.py). Behaviour and reference policy alike."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 = none."""
     use_adaptive_entropy: bool = False
@@ -343,6 +354,16 @@ class RunConfig(Section):
         per_generation = self.steps_per_generation * self.trainer.num_iterations // self.trainer.gradient_accumulation_steps
         return self.trainer.steps * per_generation
 
+    @property
+    def sampler_is_trainer(self) -> bool:
+        """Completions come from the model that trains, in its process; else what the sampler said of them is kept and compared."""
+        return self.rollout.sampler == "torch"
+
+    @property
+    def scoring_top_p(self) -> float:
+        """Nucleus over which the trainer's log-probabilities are normalised; 1 = the full softmax."""
+        return self.rollout.top_p if self.loss.renormalize_top_p else 1.0
+
     @model_validator(mode="after")
     def _refuse_impossible(self) -> RunConfig:
         for message in _impossibilities(self):
@@ -355,6 +376,7 @@ def _impossibilities(c: RunConfig) -> list[str]:
     grpo = c.objective == "grpo"
     samples = c.rollout.num_prompts * (c.rollout.num_generations if grpo else 1)
     weights, sampler = c.reward.weights, c.rollout.sampler
+    mode, low, high = c.loss.sampler_correction, c.loss.sampler_correction_min, c.loss.sampler_correction_max
     checks = [
         (
             grpo and c.rollout.num_generations == 1 and c.advantage.scale_rewards == "group",
@@ -388,6 +410,34 @@ def _impossibilities(c: RunConfig) -> list[str]:
         (
             c.vllm != VllmConfig() and sampler != "vllm",
             f"[vllm] is set, but rollout.sampler = {sampler!r}; set it to 'vllm' or remove the section",
+        ),
+        (
+            c.vllm.staleness > 0 and mode == "none",
+            "vllm.staleness = 1 trains on samples of the policy before the last step; set loss.sampler_correction (TRL's default is "
+            "'sequence_mask'), which weighs them by the ratio of the two policies",
+        ),
+        (
+            c.vllm.staleness > 0 and c.rollout.record_path is not None,
+            "rollout.record_path records what is sampled and trained on in the same step; set vllm.staleness = 0",
+        ),
+        (
+            mode != "none" and c.sampler_is_trainer,
+            f"loss.sampler_correction = '{mode}' corrects for a sampler that is not the trainer, and rollout.sampler = "
+            f"'{sampler}' is the trainer's own model; set loss.sampler_correction = 'none'",
+        ),
+        (
+            high is not None and low > high,
+            f"loss.sampler_correction_min = {low} is above loss.sampler_correction_max = {high}",
+        ),
+        (
+            mode.startswith("sequence") and c.loss.loss_type == "vespo",
+            f"loss.loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = '{mode}' cannot be; "
+            "use 'token_truncate' or 'token_mask'",
+        ),
+        (
+            c.loss.renormalize_top_p and c.rollout.top_p == 1.0,
+            "loss.renormalize_top_p = true does nothing with rollout.top_p = 1, where the nucleus is every token; lower top_p, or set it "
+            "false",
         ),
         (
             c.data.source.startswith("reasoning_gym:") and c.data.train_size == 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +17,11 @@ from fastlora.config import RunConfig
 from fastlora.data import batch_indices
 from fastlora.lora.packed import PackedAdapter
 from fastlora.losses.entropy_control import EntropyControl, applied_entropy_coef, next_entropy_control
+from fastlora.losses.importance_sampling import behaviour_logp
 from fastlora.losses.policy import is_token_level, policy_loss
 from fastlora.losses.sft import sft_loss
 from fastlora.metrics import CompletionSample
+from fastlora.mismatch import mismatch_metrics
 from fastlora.model import BaseModel
 from fastlora.policy import loss_on, score
 from fastlora.rewards.deposits import Rewarded
@@ -57,6 +59,10 @@ class Objective(Protocol):
         """Called after every optimizer step."""
         ...
 
+    def step_metrics(self) -> dict[str, float]:
+        """Called after the last optimizer step on a generation batch: metrics of all of it that its losses brought to light."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, JSON-able."""
         ...
@@ -87,10 +93,12 @@ class PolicyObjective:
         self._sampler, self._reward, self._examples = sampler, reward, examples
         self._entropy = EntropyControl(config.loss.entropy_coef)
         self._entropy_sum = self._entropy_tokens = 0.0
+        self._scored: list[TrainBatch] = []  # micro-batches of this step with their behaviour policy, where the sampler is another
 
     def collect(self, step: int, adapter_version: int, timer: Timer) -> StepData:
         """Samples, rewards and, where the loss needs them, scores under the behaviour and the reference policy."""
         c = self._config
+        self._scored = []
         rows = batch_indices(step - 1, c.rollout.num_prompts, len(self._examples), c.seed)
         r = c.rollout
         params = SamplingParams(r.num_generations, r.max_completion_length, r.temperature, r.top_p, r.stop)
@@ -102,8 +110,8 @@ class PolicyObjective:
             rewarded = self._reward(rollout)
             advantages = self._advantages(rollout, rewarded)
         with timer("update"):
-            batch = policy_batch(rollout, advantages.to(self._model.device), mask_truncated=c.loss.mask_truncated_completions)
-            batch = self._with_policies(batch)
+            options = {"mask_truncated": c.loss.mask_truncated_completions, "sampler_is_trainer": c.sampler_is_trainer}
+            batch = self._with_policies(policy_batch(rollout, advantages.to(self._model.device), **options))
         samples = completion_samples(step, rollout, rewarded, advantages)[: c.log.completions]
         return StepData(batch, rollout.num_tokens, rollout_metrics(rollout, rewarded), samples)
 
@@ -128,15 +136,18 @@ class PolicyObjective:
     def _score(self, batch: TrainBatch) -> Tensor:
         """logp_nt of the whole batch, in the micro-batches that will train: the same shapes give the same bits."""
         c = self._config
-        model, temperature, implementation = self._model.module, c.rollout.temperature, c.trainer.implementation
-        return torch.cat([score(model, part, temperature, implementation)[0] for part in batch.split(c.steps_per_generation)])
+        how = (c.rollout.temperature, c.trainer.implementation, c.scoring_top_p)
+        return torch.cat([score(self._model.module, part, *how)[0] for part in batch.split(c.steps_per_generation)])
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Objective."""
         c = self._config
         entropy_coef = applied_entropy_coef(self._entropy, c.loss)
+        scored_nt = torch.empty(0)
 
         def loss_of(logp_nt: Tensor, entropy_nt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal scored_nt
+            scored_nt = logp_nt.detach()  # in the end those of the last call, which has every token
             return policy_loss(
                 logp_nt,
                 entropy_nt,
@@ -150,7 +161,9 @@ class PolicyObjective:
 
         model, temperature, implementation = self._model.module, c.rollout.temperature, c.trainer.implementation
         token_level = is_token_level(c.loss, entropy_coef)
-        loss, metrics = loss_on(model, batch, temperature, implementation, loss_of, token_level=token_level)
+        loss, metrics = loss_on(model, batch, temperature, implementation, loss_of, token_level=token_level, top_p=c.scoring_top_p)
+        if batch.sampler_logp_nt is not None:
+            self._scored.append(replace(batch, old_logp_nt=behaviour_logp(scored_nt, batch)))
         self._entropy_sum += float(metrics.pop("entropy_sum"))
         self._entropy_tokens += float(metrics.pop("entropy_tokens"))
         return loss, metrics
@@ -159,6 +172,10 @@ class PolicyObjective:
         """Moves the adaptive entropy coefficient."""
         self._entropy = next_entropy_control(self._entropy, self._entropy_sum, self._entropy_tokens, self._config.loss)
         self._entropy_sum = self._entropy_tokens = 0.0
+
+    def step_metrics(self) -> dict[str, float]:
+        """The mismatch, where the sampler is not the trainer. Every pass over the batch has the same, so that several do no harm."""
+        return mismatch_metrics(self._scored, self._config.loss) if self._scored else {}
 
     def state(self) -> dict[str, Any]:
         """The entropy control; `last_entropy` None stands for infinite."""
@@ -200,6 +217,10 @@ class SupervisedObjective:
 
     def optimizer_stepped(self) -> None:
         """Nothing to do."""
+
+    def step_metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Nothing to keep."""

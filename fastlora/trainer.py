@@ -124,6 +124,7 @@ class Trainer:
         return {
             **{name: sum(values) / len(values) for name, values in sums.items()},
             **data.metrics,
+            **self.parts.objective.step_metrics(),
             **seconds,
             "tokens": float(data.num_tokens),
             "tokens_per_second": data.num_tokens / step_seconds,

@@ -54,7 +54,8 @@ class Rollout:
     completion_mask_nt: Tensor
     """bool, True at real tokens, the final eos included even when pad = eos."""
     sampler_logp_nt: Tensor
-    """float32, log-probability of each sampled token under the sampler's policy at its temperature; 0 at padding."""
+    """float32, log-probability of each sampled token under the sampler's policy at its temperature and top-p; 0 at padding, NaN where the
+    sampler could not say."""
     finished_n: Tensor
     """bool, True where the completion ended by eos or a stop string, False where it was truncated."""
     texts: tuple[str, ...]
@@ -105,7 +106,7 @@ class TrainBatch:
     ref_logp_nt: Tensor | None
     """float32, reference policy (adapter off); None when beta = 0."""
     sampler_logp_nt: Tensor | None
-    """float32, what the sampler said; None when it is the trainer itself."""
+    """float32, what the sampler said, NaN where it could not say; None when it is the trainer itself."""
     num_items_in_batch: int
     """Active tokens of the whole generation batch, all micro-batches together (the dapo normaliser)."""
 

@@ -127,6 +127,16 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "no reward": ("[reward]\nfunctions = []", "reward.functions is empty"),
     "replay without path": ("[rollout]\nsampler = 'replay'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
     "path without replay": ("[rollout]\nreplay_path = 'x'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
+    "correction of the trainer itself": (
+        "[loss]\nsampler_correction = 'token_mask'",
+        "sampler_correction = 'token_mask' corrects for a sampler that is not the trainer, and rollout.sampler = 'torch' is",
+    ),
+    "crossed bounds": ("[loss]\nsampler_correction_min = 4.0", "sampler_correction_min = 4.0 is above loss.sampler_correction_max = 3.0"),
+    "vespo's own weight": (
+        "[rollout]\nsampler = 'replay'\nreplay_path = 'x'\n[loss]\nloss_type = 'vespo'\nsampler_correction = 'sequence_mask'",
+        "loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = 'sequence_mask'",
+    ),
+    "nucleus of everything": ("[loss]\nrenormalize_top_p = true", "renormalize_top_p = true does nothing with rollout.top_p = 1"),
     "endless task": ("[data]\ntrain_size = 0", r"data.train_size = 0 \(all\) is impossible"),
     "too few samples": ("[eval]\npass_at_k = [1, 16]", "eval.num_samples = 8 is below the largest eval.pass_at_k = 16"),
     "full with ranks": ("method = 'full'\n[lora.rank_pattern]\nq_proj = 3", "method = 'full' trains every weight"),

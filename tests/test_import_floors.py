@@ -58,6 +58,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.checkpoint",
         "fastlora.evaluate",
         "fastlora.metrics",
+        "fastlora.mismatch",
         "fastlora.progress",
         "fastlora.rollout",
         "fastlora.run_folder",

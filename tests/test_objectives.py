@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,13 @@ from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, wrap_model
 from fastlora.objectives import PolicyObjective, SupervisedObjective, derived_seed
 from fastlora.rewards.deposits import Rewarded, deposit_at_end
-from fastlora.rollout.replay import RecordingSampler, ReplaySampler
+from fastlora.rollout.replay import RecordingSampler, ReplaySampler, read_rollout, rollout_file, write_rollout
 from fastlora.rollout.sampler import Sampler
 from fastlora.rollout.torch import TorchSampler
 from fastlora.types import Example, Rollout, TrainBatch
 from tests.exact import make_exact_model, score_one_by_one
 from tests.lora.adapters import attach_uneven
-from tests.tolerances import FP32_ADVANTAGE, FP64_EXACT
+from tests.tolerances import FP32_ADVANTAGE, FP32_LOGPROB, FP64_EXACT
 
 TEXTS = (("1 + 1 =", " 2"), ("a", ""), ("hello", " world!"), ("2 * 3 is", " 6"))
 EXAMPLES = tuple(Example(i, prompt, "", completion) for i, (prompt, completion) in enumerate(TEXTS))
@@ -236,3 +238,109 @@ def test_sft_goes_through_the_examples_once_an_epoch(model: BaseModel) -> None:
     seen = [n for step in (1, 2) for n in objective.collect(step, 0, _no_timer).batch.prompt_mask_np.sum(1).tolist()]
     assert sorted(seen) == sorted(len(e.prompt) for e in EXAMPLES)
     assert objective.state() == {}
+
+
+def _recorded(model: BaseModel, adapter: PackedAdapter, folder: Path, noise: float = 0.0, **rollout: float) -> Rollout:
+    """One step's rollout, recorded for replay as if another sampler, off by `noise`, had made it."""
+    config = _config(rollout=rollout)
+    _policy(config, model, adapter, RecordingSampler(TorchSampler(model, 64), folder)).collect(1, 0, _no_timer)
+    path = rollout_file(folder, 0)
+    rollout_ = read_rollout(path)
+    said_nt = rollout_.sampler_logp_nt + noise * torch.randn(rollout_.sampler_logp_nt.shape) * rollout_.completion_mask_nt
+    write_rollout(replace(rollout_, sampler_logp_nt=said_nt), path)
+    return replace(rollout_, sampler_logp_nt=said_nt)
+
+
+def _replaying(folder: Path, **sections: Any) -> RunConfig:
+    rollout = {"sampler": "replay", "replay_path": folder, **sections.pop("rollout", {})}
+    return _config(rollout=rollout, **sections)
+
+
+def _forward_passes(model: BaseModel) -> list[int]:
+    """Grows by one at each pass through the model's layers."""
+    passes: list[int] = []
+    model.module.base_model.norm.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_another_sampler_is_corrected_for_without_a_forward_pass(model: BaseModel, tmp_path: Path, mode: str) -> None:
+    """loss = −Σ A w / N, its gradient −Σ A w ∇logp / N, w from the plain model; two micro-batches, two forward passes."""
+    adapter = attach_uneven(model.module)
+    said_nt = _recorded(model, adapter, tmp_path, noise=0.3).sampler_logp_nt
+    loss = {"sampler_correction": mode, "sampler_correction_max": 1.2, "sampler_correction_min": 0.7}
+    objective = _policy(
+        _replaying(tmp_path, loss=loss, trainer={"gradient_accumulation_steps": 2}), model, adapter, ReplaySampler(tmp_path)
+    )
+    passes = _forward_passes(model)
+    batch = objective.collect(1, 0, _no_timer).batch
+    assert batch.old_logp_nt is None and torch.equal(batch.sampler_logp_nt, said_nt)
+    losses = [objective.loss(part)[0] for part in batch.split(2)]
+    assert len(passes) == 2
+    logp_nt, _ = score_one_by_one(model.module, batch, 0.7)
+    mask = batch.completion_mask_nt
+    d_nt = (logp_nt.detach() - said_nt) * mask
+    w = d_nt.exp() if mode.startswith("token") else d_nt.sum(1, keepdim=True).exp()
+    outside = (w < 0.7) | (w > 1.2)
+    assert bool(outside.any()) and not bool(outside.all())
+    w = w.clamp(0.7, 1.2) if mode.endswith("truncate") else w.masked_fill(outside, 0.0)
+    expected = -(batch.advantages_nt.double() * w * (logp_nt - logp_nt.detach()).exp() * mask).sum() / mask.sum()
+    total = torch.stack(losses).sum()
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=FLOAT32)
+    assert _relative(_gradient(adapter, total), _gradient(adapter, expected)) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{}, {"gradient_accumulation_steps": 2}, {"num_iterations": 2}, {"steps_per_generation": 2}],
+    ids=["1", "2", "twice", "2 steps"],
+)
+def test_the_mismatch_is_that_of_the_policy_that_sampled(model: BaseModel, tmp_path: Path, trainer: dict[str, int]) -> None:
+    """Of the whole generation batch, however it is trained on and however the policy moves meanwhile; of the next, nothing of this one."""
+    adapter = attach_uneven(model.module)
+    said_nt = _recorded(model, adapter, tmp_path, noise=0.3).sampler_logp_nt
+    config = _replaying(tmp_path, trainer=trainer)
+    objective = _policy(config, model, adapter, ReplaySampler(tmp_path))
+    batch = objective.collect(1, 0, _no_timer).batch
+    logp_nt, _ = score_one_by_one(model.module, batch, 0.7)
+    difference = (said_nt - logp_nt.detach())[batch.completion_mask_nt]
+    for _ in range(config.trainer.num_iterations):
+        for part in batch.split(config.steps_per_generation):
+            objective.loss(part)
+            if batch.old_logp_nt is not None:  # an optimizer step
+                adapter.flat.data.detach().mul_(1.3)
+    metrics = objective.step_metrics()
+    assert metrics["mismatch/mean"] == pytest.approx(float(difference.mean()), rel=1e-6)
+    assert metrics["mismatch/abs_max"] == pytest.approx(float(difference.abs().max()), rel=1e-6)
+    assert "mismatch/ratio_mean" not in metrics  # no correction, no ratio
+    objective.collect(1, 0, _no_timer)
+    assert objective.step_metrics() == {}
+
+
+def test_the_trainers_own_sampler_is_not_compared(model: BaseModel) -> None:
+    objective = _policy(_config(), model, attach_uneven(model.module))
+    batch = objective.collect(1, 0, _no_timer).batch
+    objective.loss(batch)
+    assert batch.sampler_logp_nt is None and objective.step_metrics() == {}
+
+
+@pytest.mark.parametrize("trainer", [{}, {"num_iterations": 2}], ids=["one pass", "old log-probabilities kept"])
+def test_renormalising_closes_the_gap_of_a_nucleus(model: BaseModel, tmp_path: Path, trainer: dict[str, int]) -> None:
+    """Sampled at top-p .8 with this very policy: the full softmax is up to −log .8 away, the renormalised one by float32 rounding."""
+    adapter = attach_uneven(model.module)
+    _recorded(model, adapter, tmp_path, top_p=0.8)
+    metrics = {}
+    for renormalize in (False, True):
+        loss = {"renormalize_top_p": renormalize, "beta": 0.1}
+        config = _replaying(tmp_path, rollout={"top_p": 0.8}, loss=loss, trainer=trainer)
+        objective = _policy(config, model, adapter, ReplaySampler(tmp_path))
+        batch = objective.collect(1, 0, _no_timer).batch
+        _, shown = objective.loss(batch)
+        assert float(shown["ratio_mean"]) == pytest.approx(1.0, abs=FLOAT32)  # behaviour and current policy are normalised alike
+        metrics[renormalize] = objective.step_metrics()
+    assert 0.1 < metrics[False]["mismatch/mean"] <= -math.log(0.8) + FP32_LOGPROB
+    assert metrics[True]["mismatch/abs_max"] < FP32_LOGPROB * 10
+
+
+def test_supervised_training_has_no_sampler(model: BaseModel) -> None:
+    assert SupervisedObjective(_config(objective="sft", rollout={"num_prompts": 4}), model, EXAMPLES).step_metrics() == {}

@@ -37,6 +37,7 @@ TOKEN_LEVEL: dict[str, dict[str, Any]] = {
     **{f"dapo, {estimator}": {"beta": 0.3, "kl_estimator": estimator} for estimator in ESTIMATORS},
     "dapo, delta": {"delta": 1.1, "epsilon_high": 0.28},
     "grpo, KL not corrected": {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": False},
+    **{f"dapo, {mode}": {"sampler_correction": mode, "sampler_correction_max": 1.1} for mode in ("token_truncate", "token_mask")},
     "cispo, KL": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.3},
 }
 """Every option that a token-level loss can have."""
@@ -46,16 +47,20 @@ COUPLED: dict[str, dict[str, Any]] = {
     "entropy quantile": {"top_entropy_quantile": 0.5},
     "off-policy mask": {"off_policy_mask_threshold": 0.1},
     "entropy bonus": {"entropy_coef": 0.5},
+    "sampler, sequence ratio": {"sampler_correction": "sequence_truncate", "sampler_correction_max": 100.0},
+    "sampler, sequence mask": {"sampler_correction": "sequence_mask", "sampler_correction_max": 1.2},
 }
 
 
 def _with_policies(batch: TrainBatch, noise: float = 0.2) -> TrainBatch:
-    """Behaviour and reference log-probabilities about where a random model's are, advantages per token, a token that does not train."""
+    """Behaviour, reference and sampler's log-probabilities about where a random model's are, advantages per token, a token that does not
+    train."""
     shape = batch.completion_ids_nt.shape
-    old, ref = (noise * torch.randn(shape, dtype=torch.float64) - 5.0 for _ in range(2))
+    old, ref, sampler = (noise * torch.randn(shape, dtype=torch.float64) - 5.0 for _ in range(3))
     loss_mask = batch.completion_mask_nt.clone()
     loss_mask[0, 1] = False
-    return replace(batch, old_logp_nt=old, ref_logp_nt=ref, advantages_nt=torch.randn(shape, dtype=torch.float64), loss_mask_nt=loss_mask)
+    batch = replace(batch, old_logp_nt=old, ref_logp_nt=ref, sampler_logp_nt=sampler, loss_mask_nt=loss_mask)
+    return replace(batch, advantages_nt=torch.randn(shape, dtype=torch.float64))
 
 
 def _loss_of(batch: TrainBatch, config: LossConfig) -> LossOf:
@@ -159,8 +164,12 @@ def _coupled(settings: dict[str, Any]) -> bool:
     batch, step = make_batch(((3, 6), (2, 6))), 1e-5
     shape = batch.completion_ids_nt.shape
     logp_nt, entropy_nt = torch.randn(shape, dtype=torch.float64) - 5, 3 + torch.rand(shape, dtype=torch.float64)
-    old, ref = (logp_nt + 0.1 * torch.randn(shape, dtype=torch.float64) for _ in range(2))
-    batch = replace(batch, old_logp_nt=old, ref_logp_nt=ref, advantages_nt=torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
+    old, ref, sampler = (logp_nt + 0.1 * torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    # A ratio to the sampler has the current policy in it where that is the behaviour policy: on policy.
+    old = None if "sampler_correction" in settings else old
+    batch = replace(
+        batch, old_logp_nt=old, ref_logp_nt=ref, sampler_logp_nt=sampler, advantages_nt=torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    )
     loss_of = _loss_of(batch, LossConfig(**settings))
 
     def derivative(n: int, others: float, *, by_entropy: bool = False) -> float:

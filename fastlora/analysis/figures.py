@@ -75,12 +75,23 @@ PANELS = (
     Panel("Completion length", "tokens", ("completion/length_mean",)),
     Panel("Truncated completions", "fraction", ("completion/truncated",)),
     Panel("Unscorable or timed out", "completions", ("reward/unscorable", "reward/timeouts")),
+    Panel("Mismatch by place", "nats / token", ("mismatch/first_third", "mismatch/middle_third", "mismatch/last_third")),
+    Panel("Ratio to the sampler", "π_old / π_sampler", ("mismatch/ratio_min", "mismatch/ratio_mean", "mismatch/ratio_max")),
+    Panel("Ratios corrected", "fraction of tokens", ("mismatch/corrected",)),
     Panel("Steps skipped so far", "steps", ("skipped_steps",)),
     Panel("Tokens trained on", "tokens / step", ("tokens",)),
     Panel("Speed", "tokens / s", ("tokens_per_second",)),
     Panel("Peak memory", "GiB", ("memory/peak_bytes",), scale=2**-30),
 )
 """The metrics with a name and a unit of their own; whatever else a run logs gets a panel under its own name."""
+
+MISMATCH = {
+    "mismatch/abs_p50": "median",
+    "mismatch/abs_mean": "mean",
+    "mismatch/abs_p99": "99th percentile",
+    "mismatch/abs_max": "largest",
+}
+"""Sizes of the difference between sampler and trainer, and their names in the figure that has them beside `mismatch_kl`."""
 
 SHOWN_ELSEWHERE = ("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems")
 
@@ -207,7 +218,8 @@ def constant_metrics(run: Run) -> dict[str, float]:
 
 
 def _panel_metrics(run: Run) -> list[str]:
-    return [name for name in run.metrics if name not in SHOWN_ELSEWHERE and not name.startswith("seconds/")]
+    drawn = {*SHOWN_ELSEWHERE, *((*MISMATCH, "mismatch_kl") if has_mismatch(run) else ())}
+    return [name for name in run.metrics if name not in drawn and not name.startswith("seconds/")]
 
 
 def panels_of(run: Run) -> list[Panel]:
@@ -224,6 +236,29 @@ def panels_of(run: Run) -> list[Panel]:
     if len(functions) > 1:  # a single function is the reward itself, drawn above
         panels.append(Panel("Reward by function", "mean reward", functions))
     return panels + [Panel(name, "", (name,)) for name in left if name not in functions]
+
+
+def has_mismatch(run: Run) -> bool:
+    """The run's completions came from a sampler that is not the trainer."""
+    return all(name in run.metrics for name in (*MISMATCH, "mismatch_kl"))
+
+
+@_as_svg
+def mismatch(run: Run) -> Figure:
+    """|sampler − trainer| of the log-probabilities on a logarithmic scale, beside the KL divergence; zeros are left out of the former."""
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    sizes, kl = figure.subplots(1, 2, width_ratios=(2, 1))
+    for (name, label), color in zip(MISMATCH.items(), SERIES, strict=True):
+        values = run.metrics[name]
+        sizes.plot(run.metrics["step"], np.where(values > 0, values, np.nan), color=color, marker=".", markersize=3, label=label)
+    sizes.set(title="|sampler − trainer|", ylabel="nats / token", yscale="log")
+    kl.plot(run.metrics["step"], run.metrics["mismatch_kl"], color=SERIES[0], marker=".", markersize=3)
+    kl.set(title="KL(sampler ‖ trainer)", ylabel="nats / token")
+    for ax in (sizes, kl):
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(_ticks(6))
+    _legend_above(sizes, 4)
+    return figure
 
 
 @_as_svg

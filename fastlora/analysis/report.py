@@ -100,6 +100,8 @@ def _figures(run: Run) -> dict[str, str]:
         "learning": figures.learning_curves(run),
         "time": figures.time_split(run),
     }
+    if figures.has_mismatch(run):
+        drawn["mismatch"] = figures.mismatch(run)
     if figures.panels_of(run):
         drawn["metrics"] = figures.metric_panels(run)
     if run.summary.rank_pattern:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.losses.nucleus_logprob import nucleus_tiles
 from fastlora.ops.linear_logprob import row_tiles
 from fastlora.ops.logprob_rows import logprob_rows, logprob_rows_backward_
 from fastlora.packing import PackedTokens
@@ -38,15 +39,22 @@ LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def one_pass_loss(
-    hidden_cd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, packed: PackedTokens, temperature: float, loss_of: LossOf
+    hidden_cd: Tensor,
+    weight_vd: Tensor,
+    bias_v: Tensor | None,
+    packed: PackedTokens,
+    temperature: float,
+    loss_of: LossOf,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, differentiable in hidden_cd; metrics) of a token-level loss.
 
     hidden_cd: [C, d], the hidden states of `packed.predictors_c`. weight_vd, bias_v: the frozen head. loss_of is called once for each
-    tile, with zeros for the tokens outside it, to learn the tile's dℓ/dlogp, and once with everything, for the value and the metrics.
+    tile, with zeros for the tokens outside it, to learn the tile's dℓ/dlogp, and once with everything, for the value and the
+    metrics. top_p < 1: normalised over the nucleus (ops.nucleus_rows).
     """
     metrics: dict[str, Tensor] = {}
-    loss = _OnePass.apply(hidden_cd, weight_vd, bias_v, packed, temperature, loss_of, metrics)
+    loss = _OnePass.apply(hidden_cd, weight_vd, bias_v, packed, temperature, loss_of, top_p, metrics)
     return loss, metrics
 
 
@@ -60,10 +68,12 @@ class _OnePass(torch.autograd.Function):
         packed: PackedTokens,
         temperature: float,
         loss_of: LossOf,
+        top_p: float,
         metrics: dict[str, Tensor],
     ) -> Tensor:
         dh_cd, logps, entropies = torch.empty_like(hidden_cd), [], []
-        for pairs, z_cv in row_tiles(hidden_cd, weight_vd, bias_v, tile_elements(hidden_cd.device)):
+        tiles = row_tiles(hidden_cd, weight_vd, bias_v, tile_elements(hidden_cd.device))
+        for pairs, z_cv in nucleus_tiles(tiles, packed.targets_c, temperature, top_p):
             targets_c = packed.targets_c[pairs]
             logp_c, entropy_c, log_z_c = logprob_rows(z_cv, targets_c, temperature, True)
             with torch.enable_grad():
@@ -85,4 +95,4 @@ class _OnePass(torch.autograd.Function):
         # Almost always exactly 1 (the loss itself is differentiated): no pass over dh then. A GPU is not asked: it would have to finish the
         # forward pass before it is given anything more to do, and no CUDA graph could hold the step; [8192, 1536] take it 15 µs.
         is_one = dloss.device.type == "cpu" and float(dloss) == 1.0
-        return dh_cd if is_one else dh_cd * dloss.to(dh_cd.dtype), *(None,) * 6
+        return dh_cd if is_one else dh_cd * dloss.to(dh_cd.dtype), *(None,) * 7

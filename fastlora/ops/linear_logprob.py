@@ -28,7 +28,7 @@ and rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -126,10 +126,15 @@ def _by_rows(
     token_chunk: int,
     vocab_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = [
-        logprob_rows(z_tv, targets_t[tokens], temperature, with_entropy)
-        for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, weight_vd.shape[0]))
-    ]
+    tiles = row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, weight_vd.shape[0]))
+    return forward_of_tiles(tiles, hidden_td, targets_t, temperature, with_entropy)
+
+
+def forward_of_tiles(
+    tiles: Iterable[tuple[slice, Tensor]], hidden_td: Tensor, targets_t: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_t, entropy_t or empty [0], log_z_t) of tiles of whole rows; hidden_td says dtype and device."""
+    outputs = [logprob_rows(z_tv, targets_t[tokens], temperature, with_entropy) for tokens, z_tv in tiles]
     nothing = [hidden_td.new_empty(0, dtype=_accumulation_dtype(hidden_td)) for _ in range(3)]
     logp_t, entropy_t, log_z_t = (torch.cat(parts) for parts in zip(nothing, *outputs, strict=True))
     return logp_t, entropy_t, log_z_t
@@ -237,14 +242,33 @@ def _backward_by_rows(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, v = _accumulation_dtype(hidden_td), weight_vd.shape[0]
+    tiles = row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, weight_vd.shape[0]))
+    saved = (hidden_td, weight_vd, targets_t, log_z_t, entropy_t)
+    return backward_of_tiles(tiles, grad_logp_t, grad_entropy_t, *saved, temperature, need_dw, need_db)
+
+
+def backward_of_tiles(
+    tiles: Iterable[tuple[slice, Tensor]],
+    grad_logp_t: Tensor | None,
+    grad_entropy_t: Tensor | None,
+    hidden_td: Tensor,
+    weight_vd: Tensor,
+    targets_t: Tensor,
+    log_z_t: Tensor,
+    entropy_t: Tensor,
+    temperature: float,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh_td, dw_vd, db_v) from the tiles of the forward pass, made anew; empty [0] where not needed. The tiles are overwritten."""
+    dtype = _accumulation_dtype(hidden_td)
     dw_vd = hidden_td.new_zeros(weight_vd.shape if need_dw else 0, dtype=dtype)
-    db_v = hidden_td.new_zeros(v if need_db else 0, dtype=dtype)
+    db_v = hidden_td.new_zeros(weight_vd.shape[0] if need_db else 0, dtype=dtype)
     if grad_logp_t is None and grad_entropy_t is None:
         return torch.zeros_like(hidden_td), dw_vd.to(hidden_td.dtype), db_v.to(hidden_td.dtype)
     dh_td = torch.empty_like(hidden_td)
     d_logp_t = torch.zeros_like(log_z_t) if grad_logp_t is None else grad_logp_t
-    for tokens, z_tv in row_tiles(hidden_td, weight_vd, bias_v, token_chunk * min(vocab_chunk, v)):
+    for tokens, z_tv in tiles:
         d_entropy, entropy = (None, entropy_t) if grad_entropy_t is None else (grad_entropy_t[tokens], entropy_t[tokens])
         logprob_rows_backward_(z_tv, targets_t[tokens], d_logp_t[tokens], d_entropy, log_z_t[tokens], entropy, temperature)
         dh_td[tokens] = z_tv.mm(weight_vd)

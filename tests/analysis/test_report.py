@@ -12,8 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+from fastlora.analysis.figures import MISMATCH, panels_of
 from fastlora.analysis.report import EXAMPLES, answer_pairs, change_of_accuracy, render_report, time_facts, write_report
 from fastlora.analysis.run_reader import Run, read_run
 from fastlora.metrics import GRADIENT_PROFILE_SCHEMA
@@ -153,6 +155,23 @@ def test_every_changing_metric_is_drawn_and_every_constant_one_named(run: Run, h
     assert "reward/timeouts" in html, "constant: named in the caption"
     odd = dataclasses.replace(run, metrics={**run.metrics, "mismatch_kl": run.metrics["kl"]})
     assert "mismatch_kl" in render_report(odd), "a metric without a panel of its own gets one"
+
+
+def test_a_sampler_that_is_not_the_trainer_has_a_figure(run: Run, html: str) -> None:
+    """Four sizes and the KL in one figure and nowhere else; places, ratio and share among the panels. Zeros and gaps do no harm."""
+    assert "Sampler and trainer" not in html
+    size = run.metrics["kl"]
+    drawn = {name: factor * size for factor, name in enumerate((*MISMATCH, "mismatch_kl"))}  # the median is 0 throughout
+    drawn["mismatch/abs_max"] = np.where(run.metrics["step"] == 3, np.nan, drawn["mismatch/abs_max"])
+    panels = {f"mismatch/{name}": size for name in ("first_third", "last_third", "ratio_mean", "corrected")}
+    other = dataclasses.replace(run, metrics={**run.metrics, **drawn, **panels})
+    page = Page(render_report(other))
+    assert page.tags["svg"] == Page(html).tags["svg"] + 1
+    assert "Sampler and trainer" in page.text and "Correction: none." in page.text
+    titles = {panel.title: panel.names for panel in panels_of(other)}
+    assert titles["Mismatch by place"] == ("mismatch/first_third", "mismatch/last_third")
+    assert titles["Ratio to the sampler"] == ("mismatch/ratio_mean",) and "Ratios corrected" in titles
+    assert not {*drawn} & {name for names in titles.values() for name in names}
 
 
 @pytest.mark.parametrize(

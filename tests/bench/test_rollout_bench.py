@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.figures import main as figures
 from bench.nucleus import agreement, nucleus_edge
 from bench.report import device_slug
-from bench.rollout import RIVALS, TORCH, TRL, VLLM, parse
+from bench.rollout import RIVALS, TORCH, TRL, VLLM, TokensError, check_tokens, parse
 from bench.rollout_report import TARGETS, missed, numbers, print_tables, slope, summary, write_measured
 from bench.rows import read_rows
 from bench.workload import RANK, SMALLEST_RANK, Settings, read_settings, uneven_ranks, write_settings
@@ -140,6 +140,14 @@ def test_the_workload_is_uneven_and_the_same_every_time(tmp_path: Path) -> None:
     write_settings(Settings(ranks, 7), tmp_path)
     assert read_settings(tmp_path) == Settings(ranks, 7)
     assert read_settings(tmp_path / "elsewhere") == Settings()
+
+
+def test_whoever_samples_other_tokens_is_named() -> None:
+    """vLLM ended completions at eos once: 6 of 128 tokens fewer, and nothing else showed it."""
+    race = rollouts_measured().rollouts["float32"]
+    check_tokens(race, 2048)
+    with pytest.raises(TokensError, match="fastlora-vllm float32 mb16 rollout sampled 2048 tokens in a run instead of 2054"):
+        check_tokens(race, 2054)
 
 
 def test_races_are_fair() -> None:

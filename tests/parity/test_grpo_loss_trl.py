@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlora.batches import policy_batch
 from fastlora.config import AdvantageConfig
+from fastlora.losses.importance_sampling import raw_ratio
 from tests.parity import trl_cases
 from tests.parity.delta import compare
-from tests.parity.trl_cases import LEVELS, LOSS_TYPES, OPTIONS, loss_config, shared_rig
+from tests.parity.trl_cases import LEVELS, LOSS_TYPES, OPTIONS, as_rollout, loss_config, shared_rig
 
 
 def _trl_losses(**settings: object) -> Tensor:
@@ -39,6 +41,19 @@ def test_fixture_reaches_every_branch(policy: str) -> None:
         assert (sequence_n1 < low).any() and (sequence_n1 > high).any()
     assert bool(mask_nt.all(1).any()) and not bool(mask_nt.all(1).all())
     assert len(set(inputs["prompt_mask"].sum(1).tolist())) > 1, "prompts of one length: nothing is left-padded"
+
+
+def test_the_other_sampler_is_beyond_every_bound() -> None:
+    """At least 5 % of tokens and one sequence beyond each; one token in eight without a number."""
+    rig = trl_cases.correction_rig()
+    batch = policy_batch(as_rollout(rig.recording), torch.zeros(trl_cases.SAMPLES), mask_truncated=False, sampler_is_trainer=False)
+    old_nt, mask_nt = trl_cases._scores(rig, batch, 1), batch.loss_mask_nt
+    for level, (low, high) in trl_cases.BOUNDS.items():
+        ratio = raw_ratio(old_nt, batch, trl_cases.correction_config(f"{level}_mask", "dapo"))
+        ratio = ratio[mask_nt] if level == "token" else ratio.squeeze(1)
+        assert (ratio < low).float().mean() >= 0.05 and (ratio > high).float().mean() >= 0.05
+        assert ((ratio >= low) & (ratio <= high)).float().mean() >= 0.2
+    assert 0.05 < batch.sampler_logp_nt[mask_nt].isnan().float().mean() < 0.2
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -19,11 +19,18 @@ from trl import GRPOTrainer
 
 from fastlora.config import LossConfig
 from fastlora.losses.entropy_control import EntropyControl, applied_entropy_coef, next_entropy_control
+from fastlora.losses.importance_sampling import behaviour_logp, sampler_ratio
 from fastlora.losses.policy import policy_loss
 from fastlora.types import TrainBatch
 
 N, T, MAX_LENGTH = 8, 23, 29
 LOSS_TYPES = get_args(LossConfig.model_fields["loss_type"].annotation)
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "token": {"sampler_correction": "token_mask", "sampler_correction_max": 1.5, "sampler_correction_min": 0.6},
+    "sequence": {"sampler_correction": "sequence_mask", "sampler_correction_max": 5.0, "sampler_correction_min": 0.2},
+}
+"""Ratios between the trainer and a sampler: some 1 in 5 is masked."""
 TRL_NAMES = {"vespo/phi_mean": "vespo/phi_seq_mean"}
 
 
@@ -119,12 +126,9 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 def _compare(config: LossConfig, accumulation: int, per_generation: int, ratio: str, seed: int = 0, **fixture: bool) -> None:
     logp_nt, entropy_nt, batch = _fixture(seed, **fixture)
-    generator = torch.Generator().manual_seed(seed + 1)
-    importance_ratio_nt = {
-        "none": None,
-        "token": torch.where(batch.loss_mask_nt, (0.2 * torch.randn(N, T, generator=generator)).exp(), 1.0),
-        "sequence": (0.2 * torch.randn(N, 1, generator=generator)).exp() * torch.tensor([[1.0], [0.0]]).repeat(N // 2, 1),
-    }[ratio]
+    config = config.model_copy(update=CORRECTIONS[ratio])
+    # That the ratio itself is TRL's is shown by tests/parity/trl_cases.py; here it is an input, on policy and off.
+    importance_ratio_nt = sampler_ratio(behaviour_logp(logp_nt, batch), batch, config)
     trl = StubTrainer(config, accumulation, per_generation, use_importance_ratio=importance_ratio_nt is not None)
     leaves = (logp_nt.clone().requires_grad_(), entropy_nt.clone().requires_grad_())
     expected_loss = trl.loss(*leaves, batch, importance_ratio_nt)
@@ -137,7 +141,6 @@ def _compare(config: LossConfig, accumulation: int, per_generation: int, ratio: 
         steps_per_generation=per_generation,
         max_completion_length=MAX_LENGTH,
         entropy_coef=config.entropy_coef,
-        importance_ratio_nt=importance_ratio_nt,
     )
     got = [loss.detach(), *_gradients(loss, leaves)]
     for name, ours, theirs in zip(("loss", "dlogp", "dentropy"), got, expected, strict=True):

@@ -8,8 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastlora.config import AdvantageConfig
+from fastlora.config import AdvantageConfig, LossConfig
+from fastlora.losses import importance_sampling
+from fastlora.losses import policy as losses
+from fastlora.types import TrainBatch
 from tests.parity import peft_cases, trl_cases
 from tests.parity.delta import Delta
 from tests.parity.twins import Twins, make_twins
@@ -86,3 +90,53 @@ def test_every_loss_sees_shuffled_policies(monkeypatch: pytest.MonkeyPatch, loss
 
     monkeypatch.setattr(trl_cases, "our_batch", wrong)
     assert _loss_delta(loss_type, level).max_ulp > 0
+
+
+def upside_down(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
+    """π_sampler / π_old."""
+    assert batch.sampler_logp_nt is not None
+    return importance_sampling.sampler_ratio(batch.sampler_logp_nt, replace(batch, sampler_logp_nt=old_nt), config)
+
+
+def of_another_sample(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
+    assert batch.sampler_logp_nt is not None
+    return importance_sampling.sampler_ratio(old_nt, replace(batch, sampler_logp_nt=batch.sampler_logp_nt.roll(1, dims=0)), config)
+
+
+def without_the_lower_bound(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
+    return importance_sampling.sampler_ratio(old_nt, batch, config.model_copy(update={"sampler_correction_min": 0.0}))
+
+
+def without_the_upper_bound(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
+    unbounded = {"sampler_correction_max": None}
+    return importance_sampling.sampler_ratio(old_nt, batch, config.model_copy(update=unbounded))
+
+
+def masked_for_truncated(old_nt: Tensor, batch: TrainBatch, config: LossConfig) -> Tensor:
+    """And the other way round."""
+    level, way = config.sampler_correction.split("_")
+    other = {"truncate": "mask", "mask": "truncate"}[way]
+    return importance_sampling.sampler_ratio(old_nt, batch, config.model_copy(update={"sampler_correction": f"{level}_{other}"}))
+
+
+WRONG_RATIOS = (upside_down, of_another_sample, without_the_lower_bound, without_the_upper_bound, masked_for_truncated)
+
+
+@pytest.mark.parametrize("wrong", WRONG_RATIOS, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("mode", trl_cases.CORRECTIONS)
+def test_the_correction_sees_it(monkeypatch: pytest.MonkeyPatch, mode: str, wrong: Callable[..., Tensor]) -> None:
+    config = trl_cases.correction_config(mode, "dapo")
+    rig = trl_cases.correction_rig()
+    assert trl_cases.correction_delta(rig, config, 2, stale=False).max_ulp == 0
+    monkeypatch.setattr(losses, "sampler_ratio", wrong)
+    assert trl_cases.correction_delta(rig, config, 2, stale=False).max_ulp > 0
+
+
+def test_the_correction_sees_a_behaviour_policy_that_moved() -> None:
+    """Where a step comes between sampling and loss the training pass is not the behaviour policy."""
+    config, rig = trl_cases.correction_config("token_truncate", "dapo"), trl_cases.correction_rig()
+    right = trl_cases.with_policies
+    assert trl_cases.correction_delta(rig, config, 1, stale=True).max_ulp == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl_cases, "with_policies", lambda batch, old, ref: right(batch, None, ref))
+        assert trl_cases.correction_delta(rig, config, 1, stale=True).max_ulp > 0

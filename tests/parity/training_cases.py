@@ -43,6 +43,7 @@ from tests.parity.trl_cases import (
     SAMPLES,
     Recording,
     as_rollout,
+    from_another_sampler,
     lora,
     make_trainer,
     record,
@@ -53,6 +54,9 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 OPTIMIZER_STEPS = 10
 EXAMPLES = tuple(Example(i, str(i), "") for i in range(len(PROMPT_LENGTHS)))
+
+ANOTHER_SAMPLER = {"sampler": "replay", "replay_path": "."}
+"""Recorded log-probabilities count as a sampler's own; the objective is given its replay sampler by hand."""
 
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "dapo, one optimizer step per rollout": {},
@@ -66,6 +70,15 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "rollout": {"temperature": 0.7},
         "advantage": {"scale_rewards": "batch"},
         "optim": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
+    },
+    "dapo, another sampler, token_truncate, one optimizer step per rollout": {
+        "loss": {"sampler_correction": "token_truncate", "sampler_correction_max": 1.3},
+        "rollout": ANOTHER_SAMPLER,
+    },
+    "grpo, β = 0.05, another sampler, sequence_mask, off-policy mask, two optimizer steps per rollout": {
+        "loss": {"loss_type": "grpo", "beta": 0.05, "sampler_correction": "sequence_mask", "off_policy_mask_threshold": 0.05},
+        "trainer": {"steps_per_generation": 2},
+        "rollout": ANOTHER_SAMPLER,
     },
 }
 
@@ -135,6 +148,7 @@ def train_theirs(config: RunConfig, recordings: list[Recording], twins: Twins) -
         return generate(prompts)
 
     trainer._generate = next_recording
+    trainer.use_vllm = config.loss.sampler_correction != "none"  # the constructor would look for an engine
     trainer.add_callback(log)
     with mock.patch.object(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch):
         trainer.train()
@@ -207,7 +221,7 @@ def training_delta(name: str) -> Delta:
     config, twins = run_config(name), make_twins(make_tiny_model(), lora())
     before = [tensor.clone() for tensor in twins.parameters()[0]]
     per_generation = OPTIMIZER_STEPS // config.trainer.steps
-    recordings = {step * per_generation: record(seed=10 + step) for step in range(config.trainer.steps)}
+    recordings = {step * per_generation: from_another_sampler(record(seed=10 + step), step) for step in range(config.trainer.steps)}
     peft_model, their_norms = train_theirs(config, list(recordings.values()), twins)
     with TemporaryDirectory() as folder:
         our_norms = train_ours(config, recordings, twins, Path(folder))

@@ -12,8 +12,10 @@ have set. tests/parity/test_grpo_loss_trl.py checks that a trainer constructed a
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_args
@@ -28,6 +30,7 @@ from trl.trainer.utils import split_tensor_dict
 from fastlora.advantages import trajectory_advantages
 from fastlora.batches import policy_batch, with_policies
 from fastlora.config import AdvantageConfig, LoraConfig, LossConfig
+from fastlora.losses.importance_sampling import sampler_ratio
 from fastlora.losses.policy import policy_loss
 from fastlora.ops.registry import use_implementation
 from fastlora.packaged_model import packaged_model_folder
@@ -43,6 +46,7 @@ PROMPT_LENGTHS = (5, 3, 8)
 SAMPLES = NUM_GENERATIONS * len(PROMPT_LENGTHS)
 
 LOSS_TYPES = get_args(LossConfig.model_fields["loss_type"].annotation)
+CORRECTIONS = get_args(LossConfig.model_fields["sampler_correction"].annotation)[1:]
 LEVELS = get_args(LossConfig.model_fields["importance_sampling_level"].annotation)
 SCALES = get_args(AdvantageConfig.model_fields["scale_rewards"].annotation)
 BETAS = (0.0, 0.05)
@@ -87,6 +91,8 @@ class Recording:
     """Token ids, one per sample; those that do not end in eos were truncated."""
     rewards_n: Tensor
     """float32."""
+    sampler_logp: tuple[tuple[float | None, ...], ...] | None = None
+    """Of each completion token, as TRL has it from vLLM: None where it has no number. None at all = the sampler is the trainer."""
 
 
 def record(seed: int = 0) -> Recording:
@@ -105,11 +111,24 @@ def record(seed: int = 0) -> Recording:
     return Recording(tuple(p for p in prompts for _ in range(NUM_GENERATIONS)), tuple(completions), rewards_n)
 
 
+def from_another_sampler(recording: Recording, seed: int = 0) -> Recording:
+    """With log-probabilities about those of a tiny model, ± .4, and one token in eight without: token ratios of 1/4 to 6, sequence ratios
+    of 1/50 to 30."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    logp = []
+    for completion in recording.completions:
+        values = (0.4 * torch.randn(len(completion), generator=generator) - math.log(VOCAB_SIZE) - 0.3).tolist()
+        logp.append(tuple(None if (i + len(completion)) % 10 == 4 else value for i, value in enumerate(values)))
+    return replace(recording, sampler_logp=tuple(logp))
+
+
 def as_rollout(recording: Recording, examples: tuple[Example, ...] | None = None, adapter_version: int = 0) -> Rollout:
     """The recording as fastlora's samplers deliver it; `examples` only give the prompts their names."""
     prompt_ids, prompt_mask = pad_left([torch.tensor(p) for p in recording.prompts], EOS_ID)
     ids, mask = pad_right([torch.tensor(c) for c in recording.completions], EOS_ID, torch.long)
     prompts = recording.prompts[::NUM_GENERATIONS]
+    said = recording.sampler_logp or [[0.0] * len(c) for c in recording.completions]
+    sampler_logp, _ = pad_right([torch.tensor([math.nan if x is None else x for x in row]) for row in said], 0.0, torch.float32)
     return Rollout(
         examples=examples or tuple(Example(i, str(i), "") for i in range(len(prompts))),
         num_generations=NUM_GENERATIONS,
@@ -117,7 +136,7 @@ def as_rollout(recording: Recording, examples: tuple[Example, ...] | None = None
         prompt_mask_np=prompt_mask,
         completion_ids_nt=ids,
         completion_mask_nt=mask,
-        sampler_logp_nt=torch.zeros(ids.shape),
+        sampler_logp_nt=sampler_logp,
         finished_n=torch.tensor([c[-1] == EOS_ID for c in recording.completions]),
         texts=("",) * len(recording.completions),
         adapter_version=adapter_version,
@@ -171,7 +190,8 @@ def make_trainer(model: PreTrainedModel, config: LoraConfig, recording: Callable
 
     def generate(prompts: list[str]) -> tuple[Any, ...]:
         now = recording()
-        return [list(p) for p in now.prompts], [list(c) for c in now.completions], None, [""] * len(prompts), None, {}, None, None
+        ids = [list(p) for p in now.prompts], [list(c) for c in now.completions]
+        return *ids, None, [""] * len(prompts), now.sampler_logp, {}, None, None
 
     trainer._generate = generate
     trainer.model.train()
@@ -222,7 +242,15 @@ def shared_rig(temperature: float = 1.0) -> Rig:
 def trl_arguments(config: LossConfig, advantage: AdvantageConfig) -> dict[str, Any]:
     """GRPOConfig's arguments for our two configs: names and meanings are the same."""
     ours_alone = {"kl_estimator", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"}
-    return {**config.model_dump(exclude=ours_alone), "scale_rewards": advantage.scale_rewards}
+    otherwise_named = {"sampler_correction", "sampler_correction_max", "sampler_correction_min", "renormalize_top_p"}
+    arguments = {**config.model_dump(exclude=ours_alone | otherwise_named), "scale_rewards": advantage.scale_rewards}
+    if config.sampler_correction != "none":
+        arguments |= {
+            "vllm_importance_sampling_mode": config.sampler_correction,
+            "vllm_importance_sampling_clip_max": config.sampler_correction_max,
+            "vllm_importance_sampling_clip_min": config.sampler_correction_min or None,
+        }
+    return arguments
 
 
 def configure(trainer: GRPOTrainer, config: LossConfig, advantage: AdvantageConfig, split: int) -> None:
@@ -234,6 +262,7 @@ def configure(trainer: GRPOTrainer, config: LossConfig, advantage: AdvantageConf
     trainer.epsilon_low = config.epsilon
     trainer.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     trainer._entropy_bonus_enabled = config.entropy_coef != 0.0
+    trainer.use_vllm = config.sampler_correction != "none"  # the constructor would look for an engine
     trainer.args.steps_per_generation = trainer.args.gradient_accumulation_steps = split
     trainer.current_gradient_accumulation_steps = split
 
@@ -308,6 +337,81 @@ def loss_delta(rig: Rig, config: LossConfig, advantage: AdvantageConfig, split: 
     return compare([*ours, advantages[0], *our_gradients], [*theirs, advantages[1], *their_gradients])
 
 
+@cache
+def correction_rig() -> Rig:
+    """A trainer whose completions come from another sampler."""
+    return make_rig(recording=from_another_sampler(record()))
+
+
+def correction_delta(rig: Rig, config: LossConfig, split: int, *, stale: bool) -> Delta:
+    """Ratios, losses and gradients of one optimizer step on another sampler's completions.
+
+    TRL's behaviour policy and ratio are its own, from a forward pass before the loss, in the micro-batches that will train. Ours: without
+    `stale` the training pass itself is the behaviour policy; with it the policy moves between sampling and loss.
+    """
+    configure(rig.trainer, config, AdvantageConfig(), split)
+    rig.trainer.args.per_device_train_batch_size = SAMPLES // split
+    inputs = rig.trainer._generate_and_score_completions([{"prompt": "0"}] * SAMPLES)
+    advantages_n = trajectory_advantages(rig.recording.rewards_n[:, None], torch.ones(1), NUM_GENERATIONS, AdvantageConfig())
+    options = {"mask_truncated": config.mask_truncated_completions, "sampler_is_trainer": False}
+    batch = policy_batch(as_rollout(rig.recording), advantages_n, **options)
+    old_nt = _scores(rig, batch, split)
+    batch = with_policies(batch, old_nt if stale else None, inputs["ref_per_token_logps"] if config.beta else None)
+    ratio = sampler_ratio(old_nt, batch, config)
+    with _moved(rig, 1.5 if stale else 1.0):
+        rig.twins.zero_gradients()
+        theirs, ours = trl_losses(rig, inputs, split), our_losses(rig, batch, config, split)
+        our_gradients, their_gradients = rig.twins.gradients()
+    assert ratio is not None and all(bool(gradient.any()) for gradient in their_gradients)
+    return compare([ratio, *ours, *our_gradients], [inputs["importance_sampling_ratio"], *theirs, *their_gradients])
+
+
+@torch.no_grad()
+def _scores(rig: Rig, batch: TrainBatch, split: int) -> Tensor:
+    """Our log-probabilities, as PolicyObjective makes those of the behaviour policy."""
+    with use_implementation("reference"):
+        return torch.cat([score(rig.twins.ours, part, rig.temperature, "reference")[0] for part in batch.split(split)])
+
+
+@contextmanager
+def _moved(rig: Rig, factor: float) -> Iterator[None]:
+    """Both adapters times `factor`; themselves again afterwards."""
+    data = rig.twins.adapter.flat.data
+    before = data.clone()
+    data.mul_(factor)
+    copy_to_peft(rig.twins.adapter, rig.trainer.model)
+    yield
+    data.copy_(before)
+    copy_to_peft(rig.twins.adapter, rig.trainer.model)
+
+
+BOUNDS = {"token": (0.7, 1.4), "sequence": (0.3, 3.0)}
+"""Of the ratio; some tokens, and some sequences, are beyond each."""
+
+
+def correction_config(mode: str, loss_type: str, **settings: Any) -> LossConfig:
+    """Both bounds set."""
+    low, high = BOUNDS[mode.split("_")[0]]
+    return loss_config(loss_type, sampler_correction=mode, sampler_correction_min=low, sampler_correction_max=high, **settings)
+
+
+def _correction_case(mode: str) -> Delta:
+    """The worst of all loss types (vespo takes token ratios only), on and off policy, in 1 and 2 micro-batches, plain and with all else."""
+    configs = [
+        correction_config(mode, loss_type, **settings)
+        for loss_type, settings in itertools.product(LOSS_TYPES, ({}, OPTIONS["everything at once"]))
+        if loss_type != "vespo" or mode.startswith("token")
+    ]
+    # TRL's defaults, and one bound alone.
+    configs += [
+        loss_config("dapo", sampler_correction=mode),
+        loss_config("dapo", sampler_correction=mode, sampler_correction_max=None, sampler_correction_min=0.5),
+    ]
+    return worst(
+        correction_delta(correction_rig(), config, split, stale=stale) for config in configs for split in SPLITS for stale in (False, True)
+    )
+
+
 def _matrix_case(loss_type: str, beta: float, level: str) -> Delta:
     """The worst of all reward scales and accumulation splits."""
     config = loss_config(loss_type, beta=beta, importance_sampling_level=level)
@@ -339,6 +443,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Delta]]]:
         )
     for option in OPTIONS:
         yield f"all loss types, {option}", lambda option=option: _option_case(option)
+    for mode in CORRECTIONS:
+        yield f"all loss types, another sampler, {mode}", lambda mode=mode: _correction_case(mode)
     yield "all loss types, temperature 0.7", lambda: _option_case("temperature", 0.7)
     yield (
         f"{SMOLLM2}, uneven ranks, dapo, β = 0.05, two micro-batches",

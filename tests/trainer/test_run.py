@@ -147,3 +147,21 @@ def test_replayed_rollouts_give_the_same_adapter(tmp_path: Path) -> None:
     assert run(config, "--name", "replayed", "--rollout.sampler", "replay", "--rollout.replay-path", str(recording)) == 0
     live, replayed = (adapter_tensors(tmp_path / "runs" / name) for name in ("live", "replayed"))
     assert all(torch.equal(live[name], replayed[name]) for name in live)
+
+
+def test_a_recorded_sampler_is_compared_and_corrected_for(tmp_path: Path) -> None:
+    """Recorded at top-p .8: metrics.jsonl says how far the full softmax is from it, and that the renormalised one is not."""
+    recording = tmp_path / "rollouts"
+    config = write_config(tmp_path, **{"rollout.top_p": "0.8"})
+    assert run(config, "--name", "live", "--rollout.record-path", str(recording)) == 0
+    replay = ("--rollout.sampler", "replay", "--rollout.replay-path", str(recording), "--loss.sampler-correction", "token_truncate")
+    first = {}
+    for name, option in (("full", "--loss.no-renormalize-top-p"), ("nucleus", "--loss.renormalize-top-p")):
+        assert run(config, "--name", name, *replay, option) == 0
+        rows = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        assert all({"mismatch/abs_p99", "mismatch_kl", "mismatch/corrected"} <= row.keys() for row in rows)
+        assert "Sampler and trainer" in (tmp_path / "runs" / name / "report.html").read_text()
+        first[name] = rows[0]
+    assert "mismatch_kl" not in (tmp_path / "runs" / "live" / "metrics.jsonl").read_text()
+    assert first["full"]["mismatch/mean"] > 0.05 and first["full"]["mismatch/ratio_max"] < 1
+    assert first["nucleus"]["mismatch/abs_max"] < 1e-4

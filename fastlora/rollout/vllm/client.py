@@ -68,7 +68,7 @@ class VllmClient:
         """True when the server answers that its engine is alive."""
         try:
             return self._http.get("/health", timeout=CONNECT_SECONDS).status_code == 200
-        except (httpx2.HTTPError, OSError):
+        except (httpx2.HTTPError, OSError, RuntimeError):  # RuntimeError: closed meanwhile
             return False
 
     def models(self) -> list[dict[str, Any]]:
@@ -82,21 +82,26 @@ class VllmClient:
         answer = self._complete(
             model,
             prompt_ids,
-            n=params.num_generations,
             seed=seed,
-            max_tokens=params.max_completion_length,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            stop=list(params.stop),
-            stop_token_ids=list(stop_token_ids),
-            include_stop_str_in_output=True,
             logprobs=0,
             return_token_ids=True,
+            **_sampling(params, stop_token_ids),
         )
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != params.num_generations:
             raise EngineGoneError(f"{self.where} gave {len(choices)} of {params.num_generations} samples")
-        return [Completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"] == "stop") for c in choices]
+        return [_completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
+
+    def sample_together(
+        self, model: str, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int], stop_token_ids: Sequence[int]
+    ) -> list[list[Completion]]:
+        """Samples of several prompts, to the same bits every time (own engines only: serve.py)."""
+        body = {"model": model, "prompts": prompts, "seeds": seeds, "params": _sampling(params, stop_token_ids)}
+        answer = self._call("POST", "/fastlora/sample", body).json()
+        return [
+            [_completion(s["token_ids"], s["logprobs"], s["finish_reason"]) for s in samples]
+            for samples in _checked(answer, model, self.where)["samples"]
+        ]
 
     def next_token_logprobs(self, model: str, prompt_ids: Sequence[int], temperature: float = 1.0) -> dict[int, float]:
         """Log-probability of each of the TOP_LOGPROBS most likely next tokens, by the path that sampling takes."""
@@ -115,9 +120,7 @@ class VllmClient:
 
     def _complete(self, model: str, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         answer = self._call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}).json()
-        if answer["model"] != model:
-            raise EngineRefusedError(f"{self.where} answered for model {answer['model']} when asked for {model}; its samples are dropped")
-        return answer
+        return _checked(answer, model, self.where)
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Loads an adapter from a folder that the server sees; after this every request may name it.
@@ -152,6 +155,30 @@ class VllmClient:
         if response.status_code >= 400:
             raise EngineRefusedError(f"{self.where} refused {path} with {response.status_code}: {_message(response)}")
         return response
+
+
+def _sampling(params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """In vLLM's names."""
+    return {
+        "n": params.num_generations,
+        "max_tokens": params.max_completion_length,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "stop": list(params.stop),
+        "stop_token_ids": list(stop_token_ids),
+        "include_stop_str_in_output": True,
+    }
+
+
+def _completion(token_ids: list[int], logprobs: list[float], finish_reason: str) -> Completion:
+    return Completion(token_ids, logprobs, finish_reason == "stop")
+
+
+def _checked(answer: dict[str, Any], model: str, where: str) -> dict[str, Any]:
+    """The answer, if it is of the model that was asked for."""
+    if answer["model"] != model:
+        raise EngineRefusedError(f"{where} answered for model {answer['model']} when asked for {model}; its samples are dropped")
+    return answer
 
 
 def _message(response: httpx2.Response) -> str:

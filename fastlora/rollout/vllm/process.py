@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.vllm.client import BASE, EngineGoneError, VllmClient
 
-LOG_LINES = 12
+LOG_LINES = 3
 """Of the engine's log that an error shows."""
 
 STOP_SECONDS = 10.0
@@ -29,7 +30,7 @@ STOP_SECONDS = 10.0
 
 
 class EngineStartError(SamplerError):
-    """The engine did not start; the message has the end of its log."""
+    """The engine did not start; the message has what its log says."""
 
 
 def memory_folder() -> Path:
@@ -63,7 +64,7 @@ class EngineProcess:
         return self._process.pid
 
     def start(self) -> VllmClient:
-        """Starts the process and waits until it serves. Raises EngineStartError with the end of its log when it cannot."""
+        """Starts the process and waits until it serves. Raises EngineStartError with what its log says when it cannot."""
         self.stop()
         self._folder = Path(tempfile.mkdtemp(prefix="fastlora-vllm-"))
         socket, (read, self._pipe) = self._folder / "engine.sock", os.pipe()
@@ -88,23 +89,24 @@ class EngineProcess:
         deadline = time.monotonic() + self._start_timeout
         while not client.healthy():
             if self._process is not None and (status := self._process.poll()) is not None:
-                raise EngineStartError(f"vLLM's engine ended with status {status} while starting{self.log_tail()}")
+                raise EngineStartError(f"vLLM's engine ended with status {status} while starting{self.why()}")
             if time.monotonic() > deadline:
-                raise EngineStartError(
-                    f"vLLM's engine did not answer within vllm.start_timeout = {self._start_timeout:g} s{self.log_tail()}"
-                )
+                raise EngineStartError(f"vLLM's engine did not answer within vllm.start_timeout = {self._start_timeout:g} s{self.why()}")
             time.sleep(0.1)
 
-    def log_tail(self) -> str:
-        """The end of the log, to be appended to a message."""
-        lines = self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []
-        shown = "\n".join(line[:300] for line in lines if line.strip() and "nanobind" not in line and " - leaked" not in line)
-        return f"; the end of {self._log}:\n" + "\n".join(shown.splitlines()[-LOG_LINES:])
+    def why(self) -> str:
+        """What the log says since the last start, to be appended to a message: the first errors, which the later ones follow from."""
+        text = self._log.read_text(errors="replace") if self._log.is_file() else ""
+        lines = text.rpartition("\n$ ")[2].splitlines()
+        errors = [line.partition("] ")[2] or line for line in lines if re.search(r"\w(Error|Exception): ", line) and "WARNING" not in line]
+        shown = list(dict.fromkeys(errors))[:LOG_LINES] or lines[-LOG_LINES:]
+        return f"; {self._log} says:\n" + "\n".join(line[:300] for line in shown)
 
     def stop(self) -> None:
         """Ends the process and all of its children; does nothing when there is none."""
         if self.client is not None:
             self.client.close()
+            self.client = None
         if self._process is not None:
             _end_group(self._process)
             os.close(self._pipe)

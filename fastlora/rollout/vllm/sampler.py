@@ -15,8 +15,8 @@ import shutil
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,6 @@ PAUSE_SECONDS = 1.0
 """Before servers that all failed are asked again."""
 
 Metrics = defaultdict[str, float]
-
-CONCURRENT_REQUESTS = 256
-"""Prompts in flight; vLLM batches what it has."""
 
 
 @dataclass(slots=True)
@@ -91,8 +88,7 @@ class VllmSampler:
         self._users: Counter[int] = Counter()
         self._held: dict[str, set[int]] = {server.name: set() for server in servers}
         self._lock = threading.RLock()  # of the four above, and of what is done to servers: a rollout may restart one while another begins
-        self._requests = ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="vllm-request")
-        self._rollouts = ThreadPoolExecutor(2, thread_name_prefix="vllm-rollout")  # one ahead of the trainer, one that evaluates
+        self._rollouts = ThreadPoolExecutor(1, thread_name_prefix="vllm-rollout")  # one at a time: a shared batch rounds differently
 
     def __enter__(self) -> VllmSampler:
         """Starts the servers and takes the base model's own gap as the canary's measure."""
@@ -116,7 +112,6 @@ class VllmSampler:
         for server in self._servers:
             server.stop()
         self._rollouts.shutdown(cancel_futures=True)
-        self._requests.shutdown(cancel_futures=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
@@ -221,8 +216,8 @@ class VllmSampler:
             while len(done) < len(prompts):
                 with self._lock:
                     servers = self._ready(policy, restarts, defaultdict(float))
-                owed = [index for index in range(len(prompts)) if index not in done]
-                if failures := self._ask(servers, policy, prompts, owed, params, seed, done):
+                owed = {index: ids for index, ids in enumerate(prompts) if index not in done}
+                if failures := self._ask(servers, policy, owed, params, seed, done):
                     with self._lock:
                         for server, error in failures.items():
                             self._lose(server, error)
@@ -240,27 +235,26 @@ class VllmSampler:
         self,
         servers: Sequence[Server],
         policy: Policy,
-        prompts: Sequence[list[int]],
-        owed: Sequence[int],
+        owed: Mapping[int, list[int]],
         params: SamplingParams,
         seed: int,
         done: dict[int, list[Completion]],
     ) -> dict[Server, SamplerError]:
-        """Asks for the prompts `owed` and puts what comes into `done`; the servers that failed, with an error of each."""
-        waiting = {}
-        for place, index in enumerate(owed):
-            server = servers[place % len(servers)]
-            request = self._requests.submit(
-                server.client.complete, server.model(policy), prompts[index], params, prompt_seed(seed, index), self._model.eos_ids
-            )
-            waiting[request] = (server, index)
+        """Asks for the prompts `owed`, spread over the servers, and puts what comes into `done`; the servers that failed, and how."""
+        seeds = {index: prompt_seed(seed, index) for index in owed}
         failures: dict[Server, SamplerError] = {}
-        for request in as_completed(waiting):
-            server, index = waiting[request]
+
+        def ask(place: int) -> None:
+            server = servers[place]
+            share = {index: ids for turn, (index, ids) in enumerate(owed.items()) if turn % len(servers) == place}
             try:
-                done[index] = request.result()
+                if share:
+                    server.sample(policy, share, params, seeds, self._model.eos_ids, done)
             except RETRIED as error:
                 failures[server] = error
+
+        with ThreadPoolExecutor(len(servers), thread_name_prefix="vllm-server") as pool:
+            list(pool.map(ask, range(len(servers))))
         return failures
 
 

@@ -1,15 +1,23 @@
-"""The engine's process: vLLM's own server, which dies with the trainer. `python -m fastlora.rollout.vllm.serve FD [vLLM's flags]`.
+"""The engine's process: vLLM's own server, with one route more, which dies with the trainer.
+
+    python -m fastlora.rollout.vllm.serve FD [vLLM's flags]
 
 FD is the read end of a pipe that the trainer holds open. It ends when the trainer does, however that happens (SIGKILL and power cords
 run no handler), and then this process takes its whole group with it: server, engine core and worker.
+
+The route, POST /fastlora/sample, takes all prompts of a rollout at once and hands them to the engine in their order, while it is paused and
+its prefix cache is empty. Requests that arrive one by one are batched as they come, GEMMs of other shapes round differently, and the
+same seeds give other bits the next time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 import threading
+from typing import Any
 
 
 def _die_with(pipe: int) -> None:
@@ -17,12 +25,55 @@ def _die_with(pipe: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _add_route(app: Any) -> Any:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.utils import random_uuid
+
+    async def sample(body: dict[str, Any]) -> dict[str, Any]:
+        """{model, prompts, seeds, params} -> {model, samples}: per prompt and sample, token ids, log-probabilities, finish reason."""
+        engine, lora = app.state.engine_client, app.state.openai_serving_models.lora_requests.get(body["model"])
+        if lora is None and not app.state.openai_serving_models.is_base_model(body["model"]):
+            raise KeyError(f"no adapter {body['model']}")
+        await engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            outputs = [
+                await engine.add_request(
+                    random_uuid(),
+                    {"prompt_token_ids": prompt},
+                    SamplingParams(**body["params"], seed=seed, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY),
+                    lora_request=lora,
+                )
+                for prompt, seed in zip(body["prompts"], body["seeds"], strict=True)
+            ]
+        finally:
+            await engine.resume_generation()
+        results: list[RequestOutput] = await asyncio.gather(*(output.get() for output in outputs))
+        return {"model": body["model"] if lora is None else lora.lora_name, "samples": [_samples(result) for result in results]}
+
+    app.post("/fastlora/sample")(sample)
+    return app
+
+
+def _samples(result: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "token_ids": list(one.token_ids),
+            "logprobs": [logprobs[token].logprob for token, logprobs in zip(one.token_ids, one.logprobs, strict=True)],
+            "finish_reason": one.finish_reason,
+        }
+        for one in sorted(result.outputs, key=lambda one: one.index)
+    ]
+
+
 def main() -> None:
     """Watches the pipe and serves."""
     threading.Thread(target=_die_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
-    from vllm.entrypoints.launchers.api_server.entry import main as serve  # after the watch: this import takes ten seconds
+    from vllm.entrypoints.launchers.api_server import entry  # after the watch: this import takes ten seconds
 
-    serve()
+    build_app = entry.build_app
+    entry.build_app = lambda *args: _add_route(build_app(*args))
+    entry.main()
 
 
 if __name__ == "__main__":

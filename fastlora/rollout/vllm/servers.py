@@ -7,12 +7,14 @@ cache of an adapter that was replaced under its old name and path, and keeps the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from fastlora.lora.folded import write_folded
-from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.sampler import SamplerError, SamplingParams
 from fastlora.rollout.vllm.adapter_memory import write_shared
 from fastlora.rollout.vllm.canary import compare_checksums
-from fastlora.rollout.vllm.client import BASE, EngineGoneError, EngineRefusedError, VllmClient
+from fastlora.rollout.vllm.client import BASE, Completion, EngineGoneError, EngineRefusedError, VllmClient
 from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineProcess
 
@@ -29,6 +31,10 @@ def max_lora_rank(largest: int) -> int:
         f"the adapter's largest rank is {largest}; vLLM serves LoRA up to rank {MAX_LORA_RANKS[-1]}. Lower it in lora.rank_pattern, or "
         "sample from a merged copy (vllm.weights = 'merged')"
     )
+
+
+CONCURRENT_REQUESTS = 256
+"""Of one server; vLLM batches what it has."""
 
 
 class Server(ABC):
@@ -77,6 +83,30 @@ class Server(ABC):
         if policy.model:
             self.client.unload_adapter(policy.model)
 
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Mapping[int, list[int]],
+        params: SamplingParams,
+        seeds: Mapping[int, int],
+        stop_token_ids: Sequence[int],
+        done: dict[int, list[Completion]],
+    ) -> None:
+        """Puts the completions of the prompts (by their place in the rollout) into `done` as they come. Raises what the client raises."""
+        with ThreadPoolExecutor(min(len(prompts), CONCURRENT_REQUESTS), thread_name_prefix=self.name) as requests:
+            asked = {
+                requests.submit(self.client.complete, self.model(policy), ids, params, seeds[index], stop_token_ids): index
+                for index, ids in prompts.items()
+            }
+            failures = []
+            for request in as_completed(asked):
+                try:
+                    done[asked[request]] = request.result()
+                except SamplerError as error:
+                    failures.append(error)
+            if failures:
+                raise failures[0]
+
     def ask(self, model: str, prompts: list[list[int]]) -> list[dict[int, float]]:
         """The log-probabilities of the most likely next tokens, per prompt."""
         return [self.client.next_token_logprobs(model, prompt) for prompt in prompts]
@@ -101,6 +131,22 @@ class OwnEngine(Server):
 
     def alive(self) -> bool:
         return self._process.client is not None and self._process.client.healthy()
+
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Mapping[int, list[int]],
+        params: SamplingParams,
+        seeds: Mapping[int, int],
+        stop_token_ids: Sequence[int],
+        done: dict[int, list[Completion]],
+    ) -> None:
+        """All in one request, to the same bits every time."""
+        places = list(prompts)
+        samples = self.client.sample_together(
+            self.model(policy), [prompts[i] for i in places], params, [seeds[i] for i in places], stop_token_ids
+        )
+        done.update(zip(places, samples, strict=True))
 
     def stop(self) -> None:
         self._process.stop()

@@ -31,7 +31,8 @@ class FastloraWorker:
         def load(request: LoRARequest) -> LoRAModel:
             shared = Path(request.lora_path)
             adapter = _from_memory(request, shared) if (shared / INDEX_FILE).is_file() else from_files(request)
-            self.fastlora_ids[request.lora_name] = request.lora_int_id
+            cached = {name: number for name, number in self.fastlora_ids.items() if number in manager.list_adapters()}
+            self.fastlora_ids = cached | {request.lora_name: request.lora_int_id}
             return adapter
 
         manager._load_adapter = load
@@ -67,13 +68,14 @@ class FastloraWorker:
         return found
 
     def fastlora_adapters(self) -> dict[str, Any]:
-        """Numbers of the adapters in slots and in the cache, and this process's resident bytes."""
+        """Numbers of the adapters in slots and in the cache, the names that are remembered, and this process's resident bytes."""
         import psutil
 
         manager = self.model_runner.lora_manager._adapter_manager
         return {
             "slots": list(manager.lora_index_to_id),
             "cached": sorted(manager.list_adapters()),
+            "names": sorted(self.fastlora_ids),
             "resident_bytes": psutil.Process().memory_info().rss,
         }
 

@@ -1,0 +1,38 @@
+"""One fp32 engine of our own for all tests of this folder; they run in one worker (xdist_group), each skipped by name without vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.vllm.engines import SharedEngine, engine_process, write_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One engine at a time: all of this folder in one worker, and none of it where vLLM is missing."""
+    here = Path(__file__).parent
+    missing = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.xdist_group("vllm"))
+            if missing and "needs_no_engine" not in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="vllm is not installed (make setup-vllm)"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in fp32, as files."""
+    return write_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEngine]:
+    """Running."""
+    process = engine_process(model_folder, tmp_path_factory.mktemp("engine") / "engine.log")
+    shared = SharedEngine(process)
+    shared.start()
+    yield shared
+    process.stop()

@@ -1,0 +1,246 @@
+"""Engines that die, hang, refuse or vanish in the middle of a rollout: no sample is lost or doubled, none is of another version."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+import torch
+
+from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm.policy import Policy
+from fastlora.rollout.vllm.process import EngineStartError
+from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine
+from fastlora.types import Rollout
+from tests.rollout.vllm.engines import EXAMPLES, LENGTH, PARAMS, SharedEngine, adapted, engine_process, sampler_on, tiny_model
+
+LONG = dataclasses.replace(PARAMS, max_completion_length=64)
+
+
+def engine_processes(engine: OwnEngine) -> list[psutil.Process]:
+    """Server, engine core and worker."""
+    leader = psutil.Process(engine._process.pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    psutil.wait_procs(processes, timeout=10)
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def same_samples(found: Rollout, truth: Rollout) -> bool:
+    return found.texts == truth.texts and torch.equal(found.sampler_logp_nt, truth.sampler_logp_nt)
+
+
+@pytest.fixture
+def fresh_engine(model_folder: Path, tmp_path: Path) -> Iterator[OwnEngine]:
+    """One to be killed; hung requests count as such after 15 seconds."""
+    engine = OwnEngine(engine_process(model_folder, tmp_path / "engine.log", request_timeout=15.0))
+    yield engine
+    engine.stop()
+
+
+def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: SharedEngine) -> None:
+    """One engine, three deaths: SIGKILL in mid-batch and SIGSTOP are survived, with the same samples; a file that is gone is not."""
+    model = tiny_model()
+    adapter = adapted(model)
+    with sampler_on(engine, model, adapter) as undisturbed:
+        truth = undisturbed.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
+    with sampler_on(fresh_engine, model, adapter) as sampler:
+        worker = engine_processes(fresh_engine)[-1]
+        threading.Timer(0.3, worker.kill).start()
+        rollout = sampler.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
+        assert same_samples(rollout, truth)
+        assert rollout.metrics["sampler/restarts"] == 1
+        assert any("starting vLLM's engine again" in line for line in sampler.said)
+
+        killed = engine_processes(fresh_engine)
+        for process in killed:
+            process.suspend()
+        rollout = sampler.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
+        assert same_samples(rollout, truth)
+        assert any("did not answer" in line for line in sampler.said)
+        assert gone(killed)
+
+        fresh_engine._process._flags[fresh_engine._process._flags.index("--model") + 1] = "nowhere"
+        for process in (last := engine_processes(fresh_engine)):
+            process.kill()
+        with pytest.raises(SamplerError, match="attempts to go on did not help"):
+            sampler.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
+        assert gone(last)
+
+
+def test_an_engine_that_cannot_start_says_why(model_folder: Path, tmp_path: Path) -> None:
+    """Out of memory: a KV cache that no machine has."""
+    process = engine_process(model_folder, tmp_path / "engine.log", memory=["--kv-cache-memory-bytes", str(1 << 50)])
+    with pytest.raises(EngineStartError, match=r"(?s)ended with status \d+ while starting.*requested memory for kv"):
+        process.start()
+
+
+def test_no_orphans_when_the_trainer_is_killed(model_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL runs no handler: the pipe ends, and the engine with it, even while it is starting."""
+    program = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from tests.rollout.vllm.engines import engine_process
+process = engine_process(Path({str(model_folder)!r}), Path({str(tmp_path / "engine.log")!r}))
+import threading
+threading.Thread(target=process.start, daemon=True).start()
+while process._process is None: time.sleep(0.05)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    server = psutil.Process(int(trainer.stdout.readline()))
+    deadline = time.monotonic() + 120
+    while not (children := server.children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert children, "the engine core was not started within two minutes"
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    assert gone([server, *children])
+
+
+class FlakyProxy(ThreadingHTTPServer):
+    """Stands between the sampler and the real engine: answers 500 to every `every`-th completion, or nothing at all when `dead`.
+
+    A stand-in for a network and a server that fail on demand; what it lets through is vLLM's.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, engine: OwnEngine, every: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.upstream, self.every, self.dead = engine.client._http, every, False
+        self.completions: Counter[str] = Counter()
+        self._count, self._lock = 0, threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fails_now(self) -> bool:
+        with self._lock:
+            self._count += 1
+            return self._count % self.every == 0
+
+
+class _Forward(BaseHTTPRequestHandler):
+    server: FlakyProxy
+
+    def do_GET(self) -> None:
+        self._forward(b"")
+
+    def do_POST(self) -> None:
+        self._forward(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def _forward(self, body: bytes) -> None:
+        if self.server.dead:
+            self.connection.close()
+            return
+        if self.path == "/v1/completions" and b"token_ids" in body and self.server.fails_now():
+            status, content = 500, b'{"error": {"message": "planted"}}'
+        else:
+            answer = self.server.upstream.request(self.command, self.path, content=body, headers={"Content-Type": "application/json"})
+            status, content = answer.status_code, answer.content
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def foreign(proxy: FlakyProxy) -> ForeignServer:
+    return ForeignServer(proxy.url, None, request_timeout=60.0, needed_length=LENGTH, base_model="tiny")
+
+
+MANY = tuple(dataclasses.replace(example, index=i) for i, example in enumerate(EXAMPLES * 4))
+
+
+def test_http_500_in_mid_batch_loses_nothing(engine: SharedEngine) -> None:
+    model = tiny_model()
+    adapter = adapted(model)
+    with sampler_on(engine, model, adapter) as undisturbed:
+        truth = undisturbed.sample(MANY, PARAMS, seed=1, adapter_version=1)
+    proxy = FlakyProxy(engine, every=7)
+    with sampler_on(foreign(proxy), model, adapter, max_restarts=4) as sampler:
+        rollout = sampler.sample(MANY, PARAMS, seed=1, adapter_version=1)
+        assert rollout.metrics["sampler/restarts"] >= 1
+        assert rollout.texts == truth.texts, "the same seeds give the same samples, whoever was asked, and however often"
+        assert sum("500" in line and "planted" in line for line in sampler.said) >= 1
+    proxy.shutdown()
+
+
+def test_half_of_the_servers_gone(engine: SharedEngine) -> None:
+    model = tiny_model()
+    adapter = adapted(model)
+    proxies = [FlakyProxy(engine, every=10**9) for _ in range(2)]
+    with sampler_on([foreign(proxy) for proxy in proxies], model, adapter) as sampler:
+        first = sampler.sample(MANY, PARAMS, seed=1, adapter_version=1)
+        proxies[1].dead = True
+        second = sampler.sample(MANY, PARAMS, seed=1, adapter_version=1)
+        assert first.texts == second.texts
+        assert second.metrics["sampler/restarts"] == 1
+        third = sampler.sample(MANY, PARAMS, seed=2, adapter_version=1)
+        assert third.metrics["sampler/restarts"] == 0, "a server that is known to be gone costs nothing more"
+        proxies[1].dead = False
+        fourth = sampler.sample(MANY, PARAMS, seed=1, adapter_version=1)
+        assert fourth.texts == first.texts
+        for proxy in proxies:
+            proxy.dead = True
+        with pytest.raises(SamplerError, match="attempts to go on did not help"):
+            sampler.sample(MANY, PARAMS, seed=1, adapter_version=1)
+    for proxy in proxies:
+        proxy.shutdown()
+
+
+def test_a_refused_load_is_tried_again(engine: SharedEngine) -> None:
+    """A server that refuses once: the same adapter, written again, is loaded at the second attempt."""
+
+    class Refusing(SharedEngine):
+        refusals = 1
+
+        def load(self, policy: Policy) -> None:
+            if self.refusals:
+                self.refusals -= 1
+                self.client.load_adapter("none", policy.folder / "nowhere")
+            super().load(policy)
+
+        def lost(self) -> None:
+            """Not worth a restart in a test."""
+
+    model = tiny_model()
+    adapter = adapted(model)
+    with sampler_on(Refusing(engine._process), model, adapter) as sampler:
+        rollout = sampler.sample(EXAMPLES, PARAMS, seed=1, adapter_version=1)
+    assert rollout.adapter_version == 1
+    assert any("refused" in line for line in sampler.said)
+
+
+def test_a_closed_client_is_a_gone_engine(engine: SharedEngine) -> None:
+    from fastlora.rollout.vllm.client import EngineGoneError, VllmClient
+
+    client = VllmClient("http://127.0.0.1:9", request_timeout=1.0)
+    with pytest.raises(EngineGoneError, match="out of reach"):
+        client.models()
+    client.close()
+    with pytest.raises(EngineGoneError):
+        client.models()
+    assert isinstance(httpx2.__version__, str)
