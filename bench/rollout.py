@@ -111,7 +111,9 @@ def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say
         return results
 
     def alone(contender: Contender, runs: int) -> Result:
-        return measure_alone(contender, folder, options.threads, runs, say)
+        result = measure_alone(contender, folder, options.threads, runs, say)
+        check_tokens([result], expected)
+        return result
 
     steps = {dtype: [replace(rival, work="step") for rival in rivals] for dtype, rivals in RIVALS.items()}
     return Measured(

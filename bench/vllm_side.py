@@ -149,6 +149,7 @@ def serve_logprobs(config: RunConfig, parts: Parts, commands: Commands, report: 
             scores_t = trainer_scores(config, parts, rollout, top_p)
             edge_t = edges(parts, rollout, top_p) if top_p < 1 else torch.full_like(scores_t, torch.inf)
             metrics |= agreement(rollout.sampler_logp_nt[rollout.completion_mask_nt], scores_t, edge_t).metrics(name)
+            metrics["tokens"] = float(rollout.num_tokens)
             if top_p == 1:
                 with parts.adapter.disabled():
                     metrics["adapter_effect"] = float((trainer_scores(config, parts, rollout, top_p) - scores_t).abs().mean())
