@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from bench.workload import SAMPLES, DType
 
@@ -16,19 +17,20 @@ from bench.workload import SAMPLES, DType
 class Contender:
     """One configuration of one library."""
 
-    library: Literal["trl", "plain", "fastlora", "gemm"]
-    """trl = TRL's GRPOTrainer on PEFT's layers; plain = a hand-written loop on PEFT's layers; fastlora = its own Trainer; gemm = the matrix
-    products of an update and nothing else."""
+    library: Literal["trl", "plain", "fastlora", "fastlora-vllm", "gemm"]
+    """trl = TRL's GRPOTrainer on PEFT's layers; plain = a hand-written loop on PEFT's layers; fastlora = its own Trainer; fastlora-vllm =
+    the same with rollouts from vLLM; gemm = the matrix products of an update and nothing else."""
     dtype: DType = "float32"
     """Of the base model and its activations; adapters are float32 in all libraries."""
     micro_batch: int = SAMPLES
     """Samples per backward pass."""
     compiled: bool = False
-    """torch.compile of the decoder layers (plain only)."""
+    """torch.compile: of the decoder layers (plain), of vLLM's model (fastlora-vllm)."""
     method: Literal["lora", "full"] = "lora"
     """full: every weight trains (fastlora only)."""
-    work: Literal["update", "step"] = "update"
-    """update = loss, backward, clip, optimizer step on the recorded rollout; step = sampling and reward before it, live."""
+    work: Literal["update", "step", "rollout", "swap", "logprob"] = "update"
+    """update = loss, backward, clip, optimizer step on the recorded rollout; step = sampling and reward before it, live; rollout = sampling
+    alone. fastlora-vllm only: swap = the next version of the adapter, and one token from it; logprob = both sides' log-probabilities."""
 
     @property
     def name(self) -> str:
@@ -39,6 +41,13 @@ class Contender:
     def settings(self) -> dict[str, Any]:
         """The fields, JSON-able."""
         return asdict(self)
+
+
+class Report(Protocol):
+    """Ends a command."""
+
+    def __call__(self, seconds: float, cpu_seconds: float, metrics: Mapping[str, float] = ..., /) -> None:
+        """Wall seconds, CPU seconds, and whatever else was measured on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +61,6 @@ class Command:
 
 Commands = Iterator[Command]
 """Blocks until the next command has come (in read(2): an idle worker burns nothing); ends with the worker's stdin."""
-Report = Callable[[float, float], None]
-"""report(wall seconds, CPU seconds) ends a command."""
 Serve = Callable[[Contender, Path, Commands, Report], None]
 """serve(contender, workload folder, commands, report): loads everything before asking for the first command."""
 
@@ -71,7 +78,17 @@ class Clock:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return cls(time.perf_counter(), usage.ru_utime + usage.ru_stime)
 
-    def report_to(self, report: Report) -> None:
+    def report_to(self, report: Report, metrics: Mapping[str, float] | None = None) -> None:
         """Reports what has passed since."""
         end = Clock.now()
-        report(end.wall - self.wall, end.cpu - self.cpu)
+        report(end.wall - self.wall, end.cpu - self.cpu, metrics or {})
+
+
+def peak_bytes(pid: int | None = None) -> int:
+    """VmHWM, the largest resident set of a process (None: this one).
+
+    Not ru_maxrss: that starts with the parent's, inherited over fork and exec.
+    """
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid or 'self'}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

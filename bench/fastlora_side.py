@@ -21,6 +21,7 @@ from fastlora.objectives import PolicyObjective
 from fastlora.ops.registry import use_implementation
 from fastlora.optim import StepResult
 from fastlora.progress import StepTimer
+from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.torch import TorchSampler
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
@@ -37,12 +38,14 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
         sampler="replay" if contender.work == "update" else "torch",
     )
     parts = build(config, Console(quiet=True))
-    if contender.work == "step":
+    if contender.work != "update":
         parts = without_eos(config, parts)
     with tempfile.TemporaryDirectory() as run, parts.rewards, use_implementation(config.trainer.implementation):
         trainer = Trainer(config, parts, RunFolder(Path(run)))
         if contender.work == "step":
             serve_steps(trainer, Path(run), commands, report)
+        elif contender.work == "rollout":
+            serve_rollouts(config, parts, commands, report)
         else:
             serve_updates(trainer, parts, commands, report)
 
@@ -78,8 +81,21 @@ def serve_steps(trainer: Trainer, run: Path, commands: Commands, report: Report)
     with MetricsWriter(run) as writer:
         for step, _ in enumerate(commands, start=1):
             start = Clock.now()
-            trainer._step(step, writer, lambda: None)
-            start.report_to(report)
+            metrics = trainer._step(step, writer, lambda: None)
+            start.report_to(report, metrics)
+
+
+def serve_rollouts(config: RunConfig, parts: Parts, commands: Commands, report: Report) -> None:
+    """Completions of all problems, each time under a policy of a new version, so that vLLM cannot use the prefixes of the last one."""
+    for version, _ in enumerate(commands, start=1):
+        start = Clock.now()
+        rollout = parts.sampler.sample(parts.eval_examples, sampling(config), seed=version, adapter_version=version)
+        start.report_to(report, {**rollout.metrics, "tokens": float(rollout.num_tokens)})
+
+
+def sampling(config: RunConfig) -> SamplingParams:
+    """As the run samples."""
+    return SamplingParams(config.rollout.num_generations, config.rollout.max_completion_length, config.rollout.temperature)
 
 
 def save_gradient_at_next_step(parts: Parts, command: Command) -> None:

@@ -55,7 +55,7 @@ def contenders_figure(rows: Sequence[Row]) -> Figure:
         spread = [[row["median"] - row["p20"] for row in bars], [row["p80"] - row["median"] for row in bars]]
         colours = [OURS if row["implementation"].startswith("fastlora") else OTHERS for row in bars]
         axes.barh([row["implementation"] for row in bars], [row["median"] for row in bars], xerr=spread, color=colours)
-        axes.set(title=op.removeprefix("train_step."), xlabel="seconds")
+        axes.set(title=op.partition(".")[2], xlabel="seconds")
         axes.grid(axis="y", visible=False)
     return figure
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,16 @@ class Result:
     cpu_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     """Largest resident set of its process, from its start to its last run."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """What else the contender reported, by name, one value a run."""
+
+    def add(self, answer: Mapping[str, Any]) -> None:
+        """One more run, as Worker.run answers."""
+        self.seconds.append(answer["seconds"])
+        self.cpu_seconds.append(answer["cpu_seconds"])
+        self.peak_bytes = answer["peak_bytes"]
+        for name, value in answer["metrics"].items():
+            self.metrics.setdefault(name, []).append(value)
 
     @property
     def median(self) -> float:
@@ -79,7 +89,7 @@ class Worker:
         self._answer()
 
     def run(self, do: str = "run", path: str = "") -> dict[str, Any]:
-        """seconds, cpu_seconds and peak_bytes of one command (see contender.Command)."""
+        """seconds, cpu_seconds, peak_bytes and metrics of one command (see contender.Command)."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, "path": path}) + "\n")
         self._process.stdin.flush()
@@ -132,10 +142,7 @@ def race(
         for number in range(1, rounds + 1):
             for worker, result in zip(workers, results, strict=True):
                 progress(f"{worker.contender.name}: run {number} of {rounds}")
-                answer = worker.run()
-                result.seconds.append(answer["seconds"])
-                result.cpu_seconds.append(answer["cpu_seconds"])
-                result.peak_bytes = answer["peak_bytes"]
+                result.add(worker.run())
     for result in results:
         progress(f"{result.contender.name}: median {result.median:.2f} s, peak {result.peak_bytes / 2**30:.2f} GiB")
     return results

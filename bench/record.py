@@ -10,7 +10,7 @@ import reasoning_gym
 import torch
 from rich.console import Console
 
-from bench.workload import B_STD, COMPLETION_TOKENS, MODEL, NUM_GENERATIONS, PROBLEMS, SEED, run_config
+from bench.workload import B_STD, MODEL, NUM_GENERATIONS, PROBLEMS, RANK, SEED, Settings, run_config, write_settings
 from fastlora.build import build
 from fastlora.data import batch_indices
 from fastlora.lora.packed import PackedAdapter
@@ -21,8 +21,13 @@ from fastlora.rollout.torch import TorchSampler
 from fastlora.types import Rollout
 
 
-def write_workload(folder: Path) -> Rollout:
-    """Makes the three parts in an empty folder and returns the rollout. Sampled in float32; the same seeds give the same bits."""
+def write_workload(folder: Path, settings: Settings | None = None) -> Rollout:
+    """Makes all parts in an empty folder and returns the rollout. Sampled in float32; the same seeds give the same bits.
+
+    settings: None = the defaults.
+    """
+    settings = settings or Settings()
+    write_settings(settings, folder)
     write_problems(folder, PROBLEMS)
     config = run_config(folder, "float32", sampler="torch", adapter=False)
     parts = build(config, Console(quiet=True))
@@ -32,7 +37,7 @@ def write_workload(folder: Path) -> Rollout:
         save_adapter(parts.adapter, folder / "adapter", base_model=MODEL, scaling=config.lora.scaling)
         sampler = TorchSampler(replace(parts.model, eos_ids=()), config.rollout.batch_size)
         order = batch_indices(0, len(PROBLEMS), len(PROBLEMS), SEED)  # as the trainer will ask for them
-        params = SamplingParams(NUM_GENERATIONS, COMPLETION_TOKENS)
+        params = SamplingParams(NUM_GENERATIONS, settings.completion_tokens)
         rollout = sampler.sample([parts.eval_examples[row] for row in order], params, seed=SEED, adapter_version=0)
     write_rollout(rollout, rollout_file(folder / "rollouts", 0))
     return rollout
@@ -53,3 +58,10 @@ def randomize_b(adapter: PackedAdapter, seed: int) -> None:
     for name in adapter.slots:
         b_rn = adapter.b_rn(name)
         b_rn.copy_(B_STD * torch.randn(b_rn.shape, generator=generator))
+
+
+def describe(rollout: Rollout, ranks: str = f"r {RANK}") -> str:
+    """The workload in words."""
+    prompts = rollout.prompt_mask_np.sum(1)[:: rollout.num_generations].tolist()
+    completions = sorted(set(rollout.completion_mask_nt.sum(1).tolist()))
+    return f"{MODEL}, {ranks}, prompts {prompts} × {rollout.num_generations} completions of {completions} tokens"

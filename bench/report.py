@@ -40,6 +40,11 @@ class Target:
         """True when it is."""
         return value >= self.limit if self.at_least else value <= self.limit
 
+    @property
+    def bound(self) -> str:
+        """The limit in print."""
+        return f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+
 
 TARGETS = (
     Target("update_speedup_default", "update vs TRL default", 4.5, True),
@@ -184,10 +189,12 @@ def write_rows(measured: Measured, folder: Path) -> Path:
     return path
 
 
-def merge_summary(numbers: Mapping[str, Any], parts: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The newest summary of this device with `numbers` in place of its own, appended as a row (returned); `again` says which parts are
-    newer than the rest, and of which commit. Raises FileNotFoundError when nothing was measured here before."""
-    path = folder / device_slug() / "train_step_summary.jsonl"
+def merge_summary(numbers: Mapping[str, Any], parts: Sequence[str], folder: Path, name: str = "train_step_summary") -> dict[str, Any]:
+    """The newest summary `name` of this device with `numbers` in place of its own, appended as a row (returned).
+
+    `again` says which parts are newer than the rest, and of which commit. Raises FileNotFoundError when nothing was measured here before.
+    """
+    path = folder / device_slug() / f"{name}.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])
     merged = {**last, **numbers, "again": {**last.get("again", {}), **dict.fromkeys(parts, commit())}}
     append_rows([merged], path)
@@ -209,7 +216,8 @@ def print_tables(measured: Measured, console: Console) -> None:
     for result in measured.trials:
         add_result(table, "trial", result, baseline)
     console.print(table)
-    console.print(target_table(summary(measured)))
+    numbers = summary(measured)
+    console.print(target_table(numbers, TARGETS, f"FLOPs of LoRA / full fine-tuning: {numbers['flop_ratio']:.3f}"))
 
 
 def contender_table(title: str, baseline: float) -> Table:
@@ -229,15 +237,15 @@ def add_result(table: Table, race: str, result: Result, baseline: float) -> None
     table.add_row(race, result.contender.name, *(f"{number:.2f}" for number in numbers))
 
 
-def target_table(numbers: Mapping[str, Any]) -> Table:
-    """Issue 3's targets, what was measured, and whether that is enough."""
-    table = Table(title="targets", caption=f"FLOPs of LoRA / full fine-tuning: {numbers['flop_ratio']:.3f}")
+def target_table(numbers: Mapping[str, Any], targets: Sequence[Target], caption: str) -> Table:
+    """The targets that were measured, and whether that is enough."""
+    table = Table(title="targets", caption=caption)
     for heading in ("what", "measured", "target", ""):
         table.add_column(heading)
-    for target in TARGETS:
-        value = numbers[target.key]
-        bound = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
-        table.add_row(target.what, f"{value:.3f}", bound, "[green]met[/]" if target.met(value) else "[red]missed[/]")
+    for target in targets:
+        if target.key in numbers:
+            value = numbers[target.key]
+            table.add_row(target.what, f"{value:.4g}", target.bound, "[green]met[/]" if target.met(value) else "[red]missed[/]")
     return table
 
 

@@ -35,10 +35,9 @@ from bench.double import Errors
 from bench.gate import GateError, check_gradients
 from bench.gemm_side import works
 from bench.race import Result, WorkerError, race
-from bench.record import write_workload
+from bench.record import describe, write_workload
 from bench.report import Measured, error_ratios, gemm_numbers, json_line, merge_summary, print_tables, write_rows
-from bench.workload import MODEL, RANK, DType
-from fastlora.types import Rollout
+from bench.workload import DType
 
 Say = Callable[[str], None]
 Axes = Mapping[str, Sequence[Any]]
@@ -176,13 +175,6 @@ def search(start: Contender, axes: Axes, folder: Path, threads: int, say: Say) -
 def fastest(trials: Sequence[Result]) -> Contender:
     """By median."""
     return min(trials, key=lambda trial: trial.median).contender
-
-
-def describe(rollout: Rollout) -> str:
-    """The workload in words."""
-    prompts = rollout.prompt_mask_np.sum(1)[:: rollout.num_generations].tolist()
-    completions = sorted(set(rollout.completion_mask_nt.sum(1).tolist()))
-    return f"{MODEL}, r {RANK}, prompts {prompts} × {rollout.num_generations} completions of {completions} tokens"
 
 
 if __name__ == "__main__":

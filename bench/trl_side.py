@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer on PEFT's layers as a contender: its own `train()`, stopped before every generation until a command comes.
 
 The update lasts from the end of `_generate_and_score_completions` to on_step_end: the loss and backward pass of all its
-micro-batches, clipping, optimizer and schedule step, zero_grad. A step lasts from the beginning of that function.
+micro-batches, clipping, optimizer and schedule step, zero_grad. A step lasts from the beginning of that function. A rollout is
+`_generate` alone: Hugging Face's `generate` on left-padded prompts with a KV cache, as TRL calls it, without `train()` around it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench.contender import Clock, Command, Commands, Contender, Report
 from bench.peft_model import load_peft_model, peft_gradients
 from bench.reward import hashed
-from bench.workload import COMPLETION_TOKENS, NUM_GENERATIONS, SAMPLES, STEPS, read_workload
+from bench.workload import COMPLETION_TOKENS, NUM_GENERATIONS, SAMPLES, STEPS, read_settings, read_workload
 from fastlora.packaged_model import packaged_model_folder
 from fastlora.types import Rollout
 
@@ -75,7 +76,12 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
     rollout = read_workload(folder)
     model = load_peft_model(folder / "adapter", contender.dtype)
     with tempfile.TemporaryDirectory() as output:
-        trainer = make_trainer(model, [example.prompt for example in rollout.examples], Path(output), contender.micro_batch, SAMPLES)
+        prompts = [example.prompt for example in rollout.examples]
+        tokens = read_settings(folder).completion_tokens
+        trainer = make_trainer(model, prompts, Path(output), contender.micro_batch, SAMPLES, completion_tokens=tokens)
+        if contender.work == "rollout":
+            serve_rollouts(trainer, [prompt for prompt in prompts for _ in range(NUM_GENERATIONS)], commands, report)
+            return
         if contender.work == "update":
             trainer._generate = recorded(rollout)  # type: ignore[method-assign, assignment]
         Meter(contender.work, commands, report).attach(trainer)
@@ -85,9 +91,26 @@ def serve(contender: Contender, folder: Path, commands: Commands, report: Report
             return
 
 
-def make_trainer(model: peft.PeftModel, prompts: Sequence[str], output: Path, micro_batch: int, samples: int) -> GRPOTrainer:
+def serve_rollouts(trainer: GRPOTrainer, prompts: list[str], commands: Commands, report: Report) -> None:
+    """A prompt for every completion, as `train()` hands them over."""
+    trainer.model.train()
+    for _ in commands:
+        start = Clock.now()
+        _, completions, *_ = trainer._generate(prompts)
+        start.report_to(report, {"tokens": float(sum(map(len, completions)))})
+
+
+def make_trainer(
+    model: peft.PeftModel,
+    prompts: Sequence[str],
+    output: Path,
+    micro_batch: int,
+    samples: int,
+    *,
+    completion_tokens: int = COMPLETION_TOKENS,
+) -> GRPOTrainer:
     """TRL's defaults but for: the CPU in the model's own dtype, no gradient checkpointing, micro-batches that add up to `samples`,
-    completions of exactly COMPLETION_TOKENS, nothing logged or saved."""
+    completions of exactly `completion_tokens`, nothing logged or saved."""
     arguments = GRPOConfig(
         output_dir=str(output),
         use_cpu=True,
@@ -96,8 +119,8 @@ def make_trainer(model: peft.PeftModel, prompts: Sequence[str], output: Path, mi
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=samples // micro_batch,
         num_generations=NUM_GENERATIONS,
-        max_completion_length=COMPLETION_TOKENS,
-        generation_kwargs={"min_new_tokens": COMPLETION_TOKENS},  # no eos before that, as in our sampler
+        max_completion_length=completion_tokens,
+        generation_kwargs={"min_new_tokens": completion_tokens},  # no eos before that, as in our sampler
         max_steps=STEPS,
         report_to=[],
         save_strategy="no",

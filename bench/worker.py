@@ -2,7 +2,7 @@
 
     python -m bench.worker '{"library": "trl", ...}' WORKLOAD_FOLDER THREADS
     <- {"ready": true}                                                      loaded
-    -> {"do": "run"}        <- {"seconds": 8.1, "cpu_seconds": 16.0, "peak_bytes": 3400000000}
+    -> {"do": "run"}        <- {"seconds": 8.1, "cpu_seconds": 16.0, "peak_bytes": 3400000000, "metrics": {}}
 
 It ends with its stdin. Whatever the libraries print goes to stderr.
 """
@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
 
-from bench.contender import Command, Contender, Serve
-
-
-def peak_bytes() -> int:
-    """VmHWM, the largest resident set of this process. Not ru_maxrss: that starts with the parent's, inherited over fork and exec."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+from bench.contender import Command, Contender, Serve, peak_bytes
 
 
 def contender_loop(contender: Contender) -> Serve:
@@ -43,6 +36,10 @@ def contender_loop(contender: Contender) -> Serve:
         from bench import gemm_side
 
         return gemm_side.serve
+    if contender.library == "fastlora-vllm":
+        from bench import vllm_side
+
+        return vllm_side.serve
     from bench import fastlora_side
 
     return fastlora_side.serve
@@ -60,8 +57,8 @@ def serve(contender: Contender, folder: Path, loop: Serve, stdin: TextIO, stdout
         for line in stdin:
             yield Command(**json.loads(line))
 
-    def report(seconds: float, cpu_seconds: float) -> None:
-        say({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes()})
+    def report(seconds: float, cpu_seconds: float, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
+        say({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes(), "metrics": dict(metrics)})
 
     loop(contender, folder, commands(), report)
 

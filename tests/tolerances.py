@@ -72,6 +72,9 @@ MEMORY_PLAN = 0.15
 """The planner's expected peak against the measured one, relative: what issue 3 asks for. The heap's fragments and the libraries' own
 buffers are not planned."""
 
+CUMULATIVE_PROBABILITY = 1e-6
+"""Sum of up to 101 float32 probabilities that add up to 1, and one difference: √101 · 2^-24 = 6e-7 at worst; measured against 1e-4."""
+
 SAMPLER_LOGP_FP32 = 1e-4
 """|log π_engine − log π_trainer| per token in float32, nats: issue 5's number. Two correct forward passes of the tiny model differ by up to
 2e-6, of SmolLM2-135M by 3e-5."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.contender import Contender
+from bench.race import Result
 from bench.report import TARGETS
+from bench.rollout import RIVALS, VLLM
+from bench.rollout_report import Measured
+from bench.rollout_report import rows as rollout_rows
+from bench.rollout_report import summary as rollout_summary
 from bench.rows import Row, append_rows, timing
 from bench.scaling import Machine
 
@@ -55,10 +63,41 @@ def scaling_rows() -> list[Row]:
     return rows
 
 
+def result(contender: Contender, seconds: float, metrics: Mapping[str, Sequence[float]] | None = None) -> Result:
+    """Three runs of the same length."""
+    return Result(contender, [seconds] * 3, [seconds] * 3, 1 << 30, {k: list(v) for k, v in (metrics or {}).items()})
+
+
+def rollouts_measured(*, leak: float = 0.0) -> Measured:
+    """vLLM takes 5 s, our torch sampler 8, TRL 20; a leak in bytes per swap."""
+    engine = {"engine_cpu_seconds": [7.0] * 3, "engine_peak_bytes": [2.0**30] * 3}
+    shares = {"sampler/swap_seconds": [0.05] * 3, "sampler/canary_seconds": [0.5] * 3, "tokens": [2048.0] * 3}
+    races = {
+        dtype: [result(rivals[0], 5.0, {**engine, **shares}), result(rivals[1], 8.0), result(rivals[2], 20.0)]
+        for dtype, rivals in RIVALS.items()
+    }
+    grown = {"worker_bytes": [1e9 + leak * i for i in range(20)]}
+    flat = {name: [1e6] * 20 for name in ("trainer_bytes", "folder_bytes", "tmpfs_bytes", "adapters_cached")}
+    timed = {"sampler/swap_seconds": [0.05] * 20, "sampler/canary_seconds": [0.2] * 20}
+    compared = {"full/max_abs": [5e-5], "full/tokens": [2048.0], "nucleus/max_abs": [0.1], "nucleus/tokens": [2000.0]}
+    compared |= {"nucleus/exceptions": [1.0], "nucleus/unexplained": [0.0], "adapter_effect": [0.3]}
+    return Measured(
+        shape="tiny",
+        threads=2,
+        adapter_bytes=1000,
+        rollouts=races,
+        steps=races,
+        swaps=Result(replace(VLLM, work="swap"), [1.0] * 20, [1.0] * 20, 1 << 30, {**grown, **flat, **timed}),
+        logprobs=result(replace(VLLM, work="logprob"), 1.0, compared),
+    )
+
+
 def write_all(results: Path) -> None:
-    """The four files of a device."""
+    """All files of a device."""
     folder = results / "test-cpu"
     append_rows(train_step_rows(), folder / "train_step.jsonl")
     append_rows([summary()], folder / "train_step_summary.jsonl")
     append_rows(ops_rows(), folder / "ops.jsonl")
     append_rows(scaling_rows(), folder / "scaling.jsonl")
+    append_rows(list(rollout_rows(rollouts_measured())), folder / "rollout.jsonl")
+    append_rows([rollout_summary(rollouts_measured())], folder / "rollout_summary.jsonl")
