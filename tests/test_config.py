@@ -130,7 +130,7 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
         "[model]\nquantization = 'nf4'\n[rollout]\nsampler = 'vllm'",
         "rollout.sampler = 'vllm' would sample from the base model in full precision",
     ),
-    "vllm's settings without vllm": ("[vllm]\nmax_restarts = 1", "[vllm] is set, but rollout.sampler = 'torch'"),
+    "vllm's settings without vllm": ("[vllm]\nmax_restarts = 1", "is set, but rollout.sampler = 'torch'"),
     "merged on a foreign server": (
         "[rollout]\nsampler = 'vllm'\n[vllm]\nservers = ['http://h:1']\nweights = 'merged'",
         "vllm.servers take adapters only",
