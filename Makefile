@@ -46,8 +46,8 @@ bench: setup-test  ## compare with TRL + PEFT, time ops and growth (an hour, kee
 bench-gpu: setup-test  ## every op and other libraries on a GPU (keep it idle); rows under the card's name. ARGS=--dry-run: without one
 	$(BIN)/python -m bench.gpu --json $(ARGS)
 
-soak: setup-test  ## vLLM with a new adapter hundreds of times in a row: memory, disk and latency must not grow (an hour)
-	$(BIN)/python -m bench.soak $(ARGS)
+soak: setup-test  ## vLLM with a new adapter hundreds of times in a row: memory, disk and latency must not grow (minutes)
+	$(BIN)/python -m bench.rollout --only swaps --swaps 500 --check $(ARGS)
 
 compile-gate-triton36: setup-test .venv-triton36/.installed  ## the compile gate with Triton 3.6 beside .venv's other packages: reported, not blocking
 	-.venv-triton36/bin/python -m bench.compile_gate --no-cuda --docs docs/kernels-triton-3.6.md $(ARGS)

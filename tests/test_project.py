@@ -153,7 +153,7 @@ def test_tests_and_soak_have_vllm(checkout: Path) -> None:
     for target in ("test", "soak"):
         commands = dry_run(checkout, target)
         assert commands.index("touch .venv/.installed-vllm") < commands.index("touch .venv/.installed-test"), target
-    assert dry_run(checkout, "soak", "ARGS=--swaps 9")[-1] == ".venv/bin/python -m bench.soak --swaps 9"
+    assert dry_run(checkout, "soak", "ARGS=--swaps 9")[-1] == ".venv/bin/python -m bench.rollout --only swaps --swaps 500 --check --swaps 9"
 
 
 def test_help_lists_every_target(checkout: Path) -> None:

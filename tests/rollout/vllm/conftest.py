@@ -11,14 +11,16 @@ import pytest
 from tests.rollout.vllm.engines import SharedEngine, engine_process, write_model
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One engine at a time: all of this folder in one worker, and none of it where vLLM is missing."""
+    """One engine at a time: all of this folder in one worker, from the start on (slow), and none of it where vLLM is missing."""
     here = Path(__file__).parent
     missing = importlib.util.find_spec("vllm") is None
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.xdist_group("vllm"))
-            if missing and "needs_no_engine" not in item.keywords:
+            item.add_marker(pytest.mark.slow)
+            if missing:
                 item.add_marker(pytest.mark.skip(reason="vllm is not installed (make setup-vllm)"))
 
 
