@@ -161,8 +161,8 @@ class VllmConfig(Section):
     """Times that one rollout is saved from a dead, hung or refusing engine (or server) before the run stops, saved and resumable."""
     start_timeout: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds until an engine that is started must answer."""
-    request_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds until a request counts as hung."""
+    request_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
+    """Seconds until a request counts as hung; an engine of our own answers a whole rollout in one."""
 
 
 class RewardConfig(Section):

@@ -111,8 +111,9 @@ class Server(ABC):
                 raise failures[0]
 
     def ask(self, model: str, prompts: list[list[int]]) -> list[dict[int, float]]:
-        """The log-probabilities of the most likely next tokens, per prompt."""
-        return [self.client.next_token_logprobs(model, prompt) for prompt in prompts]
+        """The log-probabilities of the most likely next tokens, per prompt; all at once, so that they share a batch."""
+        with ThreadPoolExecutor(len(prompts), thread_name_prefix=self.name) as requests:
+            return list(requests.map(lambda prompt: self.client.next_token_logprobs(model, prompt), prompts))
 
 
 class OwnEngine(Server):
