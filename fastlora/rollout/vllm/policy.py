@@ -21,7 +21,7 @@ from fastlora.lora.folded import FoldedAdapter, fold, write_folded
 from fastlora.lora.merged import merged_weights
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, frozen_parameters
-from fastlora.rollout.vllm.adapter_memory import checksum, checksums, write_shared
+from fastlora.rollout.vllm.adapter_memory import checksum, checksums, one_thread, write_shared
 from fastlora.rollout.vllm.canary import CanaryError, compare_checksums
 from fastlora.rollout.vllm.client import EngineRefusedError, VllmClient
 from fastlora.rollout.vllm.weight_files import WeightFileError, WeightIndex, differing, part_checksums, send_weights, write_weights
@@ -93,7 +93,8 @@ class AdapterPayload:
         if self.model is None:
             return
         if not shared.is_dir():
-            write_shared(self.adapter, shared)
+            with one_thread():
+                write_shared(self.adapter, shared)
         client.load_adapter(self.model, shared)
 
     def load_files(self, client: VllmClient) -> None:
@@ -190,7 +191,8 @@ class AdapterSource:
 
     def payload(self, version: int, folder: Path) -> AdapterPayload:
         """See Source."""
-        return AdapterPayload(f"{self._name}-v{version}", fold(self._adapter, self._model.module.dtype), folder, self._model.source)
+        with one_thread():
+            return AdapterPayload(f"{self._name}-v{version}", fold(self._adapter, self._model.module.dtype), folder, self._model.source)
 
 
 class MergedSource:
