@@ -422,6 +422,14 @@ def _impossibilities(c: RunConfig) -> list[str]:
             "method = 'full'",
         ),
         (
+            bool(c.vllm.servers) and any(x is not None for x in (c.vllm.device, c.vllm.gpu_share, c.vllm.kv_cache_gib)),
+            "vllm.device, gpu_share and kv_cache_gib are of an engine of our own, and vllm.servers names others; remove them",
+        ),
+        (
+            c.method == "full" and c.vllm.weights != "adapter",
+            f"method = 'full' has no adapter: vllm.weights = '{c.vllm.weights}' has no effect; remove it",
+        ),
+        (
             c.vllm.staleness > 0 and mode == "none",
             "vllm.staleness = 1 trains on samples of the policy before the last step; set loss.sampler_correction (TRL's default is "
             "'sequence_mask'), which weighs them by the ratio of the two policies",

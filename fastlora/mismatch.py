@@ -1,6 +1,7 @@
 """How far the sampler is from the trainer, on the tokens of one generation batch.
 
-With d = logp_sampler − logp_trainer of a token, nats, the trainer being the policy π_old at the time of sampling:
+With d = logp_sampler − logp_trainer of a token, nats, the trainer being the policy that its optimizer step began with. That is the one
+that sampled, so that d is numerical error alone; with vllm.staleness = 1 it is one step younger, and d has that step's movement in it.
 
     mismatch/mean                 mean of d: below 0 where the sampler thinks its tokens less likely than the trainer does
     mismatch/abs_mean, abs_max    mean and largest |d|

@@ -27,7 +27,7 @@ from fastlora.policy import loss_on, score
 from fastlora.rewards.deposits import Rewarded
 from fastlora.rollout.ahead import Ahead, BackgroundSampler, OnTime, Request, Rollouts
 from fastlora.rollout.replay import put_together, take_apart
-from fastlora.rollout.sampler import Sampler, SamplingParams
+from fastlora.rollout.sampler import ChoosingSampler, Sampler, SamplingParams
 from fastlora.types import Example, Rollout, TrainBatch
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -92,12 +92,11 @@ class PolicyObjective:
         examples: Sequence[Example],
     ) -> None:
         self._config, self._model, self._adapter = config, model, adapter
-        self._reward, self._examples = reward, examples
+        self._sampler, self._reward, self._examples = sampler, reward, examples
         ahead = config.vllm.staleness > 0
         self._rollouts: Rollouts = (
             Ahead(cast(BackgroundSampler, sampler), self._request, config.trainer.steps) if ahead else OnTime(sampler, self._request)
         )
-        self._step = 0
         self._entropy = EntropyControl(config.loss.entropy_coef)
         self._entropy_sum = self._entropy_tokens = 0.0
         self._scored: list[TrainBatch] = []  # micro-batches of this step with their behaviour policy, where the sampler is another
@@ -106,7 +105,6 @@ class PolicyObjective:
         """Samples, rewards and, where the loss needs them, scores under the behaviour and the reference policy."""
         c = self._config
         self._scored = []
-        self._step = step
         with timer("sampling"):
             rollout = self._rollouts.take(step, adapter_version)
         with timer("reward"):
@@ -189,21 +187,25 @@ class PolicyObjective:
         return mismatch_metrics(self._scored, self._config.loss) if self._scored else {}
 
     def state(self) -> dict[str, Any]:
-        """The entropy control, `last_entropy` None for infinite; the next step's rollout, if it was sampled ahead."""
+        """The entropy control, `last_entropy` None for infinite; the rollouts that were sampled ahead."""
         state = asdict(self._entropy)
         state["last_entropy"] = state["last_entropy"] if np.isfinite(state["last_entropy"]) else None
-        if (rollout := self._rollouts.pending()) is not None:
-            tensors, record = take_apart(rollout)
-            state |= {f"ahead.{name}": tensor for name, tensor in tensors.items()} | {"ahead": record, "ahead_step": self._step + 1}
-        return state
+        ahead = {}
+        for step, rollout in self._rollouts.kept().items():
+            tensors, ahead[str(step)] = take_apart(rollout)
+            state |= {f"ahead.{step}.{name}": tensor for name, tensor in tensors.items()}
+        choice = self._sampler.choice() if isinstance(self._sampler, ChoosingSampler) else ""
+        return state | {"ahead": ahead, "sampler_choice": choice}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Objective."""
         last = state["last_entropy"]
         self._entropy = EntropyControl(state["coef"], float("inf") if last is None else last)
-        if "ahead" in state:
-            tensors = {name.removeprefix("ahead."): value for name, value in state.items() if name.startswith("ahead.")}
-            self._rollouts.put(state["ahead_step"], put_together(tensors, state["ahead"], self._model.device))
+        if isinstance(self._sampler, ChoosingSampler):
+            self._sampler.choose(state["sampler_choice"])
+        for step, record in state["ahead"].items():
+            tensors = {name.rpartition(".")[2]: value for name, value in state.items() if name.startswith(f"ahead.{step}.")}
+            self._rollouts.put(int(step), put_together(tensors, record, self._request(int(step)).examples, self._model.device))
 
 
 class SupervisedObjective:

@@ -66,9 +66,11 @@ class Trainer:
             while self.done.step < trainer.steps:
                 step = self.done.step + 1
                 metrics = self._step(step, writer, check_interrupt)
-                if self.config.eval.every and step % self.config.eval.every == 0 and step < trainer.steps:
-                    metrics |= self._evaluate()
-                writer.step(step, metrics)
+                try:
+                    if self.config.eval.every and step % self.config.eval.every == 0 and step < trainer.steps:
+                        metrics |= self._evaluate()
+                finally:  # the step is finished and will not be done again, whatever becomes of its evaluation
+                    writer.step(step, metrics)
                 progress.update({"step": step, **metrics})
                 if step == trainer.steps or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
                     self._save(writer)

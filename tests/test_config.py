@@ -135,6 +135,14 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
         "[rollout]\nsampler = 'vllm'\n[vllm]\nservers = ['http://h:1']\nweights = 'merged'",
         "vllm.servers take adapters only",
     ),
+    "an engine's memory on a foreign server": (
+        "[rollout]\nsampler = 'vllm'\n[vllm]\nservers = ['http://h:1']\nkv_cache_gib = 1.0",
+        "vllm.device, gpu_share and kv_cache_gib are of an engine of our own",
+    ),
+    "merging without an adapter": (
+        "method = 'full'\n[rollout]\nsampler = 'vllm'\n[vllm]\nweights = 'merged'",
+        "method = 'full' has no adapter: vllm.weights = 'merged' has no effect",
+    ),
     "ahead without a correction": ("[rollout]\nsampler = 'vllm'\n[vllm]\nstaleness = 1", "set loss.sampler_correction"),
     "recording ahead": (
         "[rollout]\nsampler = 'vllm'\nrecord_path = 'x'\n[vllm]\nstaleness = 1\n[loss]\nsampler_correction = 'sequence_mask'",

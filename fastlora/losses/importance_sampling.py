@@ -12,9 +12,10 @@ without gradient. A token that the sampler could not score (NaN) has d = 0. Sour
 (trl/trainer/grpo_trainer.py, "Compute the importance sampling ratio when using vLLM") and GRPOConfig.vllm_importance_sampling_mode,
 _clip_max and _clip_min; the idea: F. Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
 
-TRL runs the model once more for π_old whenever it samples with vLLM. That pass is needed only if an optimizer step comes between sampling
-and loss. Else the weights are the same, and the log-probabilities of the training pass itself, detached, are π_old's, bit for bit where
-both passes see the same micro-batches: the correction then costs no forward pass.
+TRL runs the model once more for π_old whenever it samples with vLLM. That pass is needed only if an optimizer step comes between taking a
+generation batch and its loss. Else π_old is the policy of the training pass (with vllm.staleness = 1 one step younger than the sampler's:
+the ratio corrects for that too), whose own log-probabilities, detached, are π_old's, bit for bit where both passes see the same
+micro-batches: the correction then costs no forward pass.
 """
 
 from __future__ import annotations

@@ -42,12 +42,12 @@ class Rollouts(Protocol):
         """The rollout that step `step` trains on; adapter_version: of the policy now."""
         ...
 
-    def pending(self) -> Rollout | None:
-        """What has been sampled for the next step; waits until it has."""
+    def kept(self) -> dict[int, Rollout]:
+        """By step: what was sampled ahead, and the rollout that trains now, whose step may not be finished. Waits for what is in flight."""
         ...
 
     def put(self, step: int, rollout: Rollout) -> None:
-        """`pending` of another process, for `step`."""
+        """What another process kept."""
         ...
 
 
@@ -62,11 +62,12 @@ class OnTime:
         request = self._request(step)
         return self._sampler.sample(request.examples, request.params, seed=request.seed, adapter_version=adapter_version)
 
-    def pending(self) -> None:
-        """Nothing."""
+    def kept(self) -> dict[int, Rollout]:
+        """Nothing: the same policy samples it again."""
+        return {}
 
     def put(self, step: int, rollout: Rollout) -> None:
-        """Never called: nothing was pending."""
+        """Never called by a run of this config."""
         raise SamplerError("the checkpoint holds a rollout that was sampled ahead; resume with vllm.staleness = 1")
 
 
@@ -76,31 +77,28 @@ class Ahead:
     def __init__(self, sampler: BackgroundSampler, request: Callable[[int], Request], last_step: int) -> None:
         """last_step: after which nothing is sampled ahead."""
         self._sampler, self._request, self._last_step = sampler, request, last_step
-        self._next: tuple[int, Future[Rollout]] | None = None
+        self._rollouts: dict[int, Future[Rollout]] = {}
 
     def take(self, step: int, adapter_version: int) -> Rollout:
         """See Rollouts. Raises what the sampler raised in the background."""
-        if self._next is None or self._next[0] != step:
+        if step not in self._rollouts:  # the first step; or its sampling failed, and the run was saved and resumed
             self._begin(step, adapter_version)
-        assert self._next is not None
-        rollout = self._next[1].result()
-        self._next = None
-        if step < self._last_step:
+        rollout = self._rollouts[step].result()
+        self._rollouts = {other: future for other, future in self._rollouts.items() if other >= step}
+        if step < self._last_step and step + 1 not in self._rollouts:
             self._begin(step + 1, adapter_version)
         return rollout
 
     def _begin(self, step: int, adapter_version: int) -> None:
         request = self._request(step)
-        self._next = (step, self._sampler.begin(request.examples, request.params, seed=request.seed, adapter_version=adapter_version))
+        future = self._sampler.begin(request.examples, request.params, seed=request.seed, adapter_version=adapter_version)
+        self._rollouts[step] = future
 
-    def pending(self) -> Rollout | None:
-        """See Rollouts; None also when the sampler failed: the next `take` will say so."""
-        if self._next is None or self._next[1].exception() is not None:
-            return None
-        return self._next[1].result()
+    def kept(self) -> dict[int, Rollout]:
+        """See Rollouts; without what the sampler failed at: the next `take` will say so."""
+        return {step: future.result() for step, future in self._rollouts.items() if future.exception() is None}
 
     def put(self, step: int, rollout: Rollout) -> None:
         """See Rollouts."""
-        done: Future[Rollout] = Future()
-        done.set_result(rollout)
-        self._next = (step, done)
+        self._rollouts[step] = Future()
+        self._rollouts[step].set_result(rollout)

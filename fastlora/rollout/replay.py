@@ -29,6 +29,7 @@ def write_rollout(rollout: Rollout, path: Path) -> None:
     """Writes a rollout, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, record = take_apart(rollout)
+    record["examples"] = [asdict(example) for example in rollout.examples]
     atomic_write_bytes(path, save(tensors, metadata={"rollout": json.dumps(record)}))
 
 
@@ -38,28 +39,31 @@ def read_rollout(path: Path, device: torch.device | str = "cpu") -> Rollout:
         raise SamplerError(f"{path}: no recorded rollout; the recording has fewer steps, or another schedule, than this run")
     try:
         with safe_open(path, framework="pt") as file:
-            return put_together({name: file.get_tensor(name) for name in TENSORS}, json.loads(file.metadata()["rollout"]), device)
+            record = json.loads(file.metadata()["rollout"])
+            examples = [Example(**example) for example in record["examples"]]
+            return put_together({name: file.get_tensor(name) for name in TENSORS}, record, examples, device)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:  # TypeError: no metadata, or of another version
         raise SamplerError(f"{path} is damaged, or no recorded rollout: {error}") from None
 
 
 def take_apart(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(its tensors on the CPU, the rest as JSON); what the sampler measured on the way is left out."""
+    """(its tensors on the CPU, the rest as JSON), without its examples and what the sampler measured on the way."""
     tensors = {name: getattr(rollout, name).cpu().contiguous() for name in TENSORS}
     record = {
         "num_generations": rollout.num_generations,
         "texts": list(rollout.texts),
         "adapter_version": rollout.adapter_version,
-        "examples": [asdict(example) for example in rollout.examples],
     }
     return tensors, record
 
 
-def put_together(tensors: Mapping[str, Tensor], record: Mapping[str, Any], device: torch.device | str) -> Rollout:
+def put_together(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any], examples: Sequence[Example], device: torch.device | str
+) -> Rollout:
     """The inverse of `take_apart`. Raises KeyError or TypeError for parts of something else."""
     parts: dict[str, Any] = {name: tensors[name].to(device) for name in TENSORS}
     return Rollout(
-        examples=tuple(Example(**example) for example in record["examples"]),
+        examples=tuple(examples),
         num_generations=record["num_generations"],
         texts=tuple(record["texts"]),
         adapter_version=record["adapter_version"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ class Sampler(Protocol):
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """Completions for every example under the current adapter. The same arguments and weights give the same bits."""
+        ...
+
+
+@runtime_checkable
+class ChoosingSampler(Protocol):
+    """A sampler that measures and chooses at its start; a resumed run keeps the choice that it began with, whatever the clock says now."""
+
+    def choice(self) -> str:
+        """Its name; "" when there was nothing to choose."""
+        ...
+
+    def choose(self, choice: str) -> None:
+        """Takes over the choice of an earlier process."""
         ...
 
 

@@ -67,7 +67,7 @@ def allocate(path: Path, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise SamplerError(
-                f"{path.parent} has no room for an adapter of {size / 2**20:.0f} MiB ({error.strerror}); a container's /dev/shm can be made "
+                f"{path.parent} has no room for an adapter of {size / 2**20:.0f} MiB ({error.strerror}); make a container's /dev/shm "
                 "larger (docker run --shm-size), or set vllm.adapter_folder"
             ) from error
 

@@ -16,7 +16,7 @@ from fastlora.config import RunConfig
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, resolve_source
 from fastlora.prompt import encode
-from fastlora.rollout.sampler import SamplingParams
+from fastlora.rollout.sampler import SamplerError, SamplingParams
 from fastlora.rollout.vllm.canary import Canary
 from fastlora.rollout.vllm.memory import MAX_LORAS, engine_card, engine_memory, longest_sequence, memory_flags, sleeps
 from fastlora.rollout.vllm.policy import AdapterSource, FullSource, MergedSource, Source
@@ -51,8 +51,8 @@ def build_vllm_sampler(
     return VllmSampler(
         model,
         source,
-        _servers(config, model, adapter),
-        Canary(prompts),
+        _servers(config, model, adapter, folder),
+        Canary(prompts, model.module.dtype),
         folder=folder,
         max_restarts=config.vllm.max_restarts,
         say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
@@ -77,12 +77,14 @@ def _sources(
     return AdapterSource(adapter, model, name), Trial(merged, tuple(examples[: r.num_prompts]), params, tokens)
 
 
-def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None) -> list[Server]:
+def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, scratch: Path) -> list[Server]:
     vllm, longest = config.vllm, longest_sequence(config, model.module.config)
     if vllm.servers:
         key = os.environ.get(vllm.api_key_variable)
         return [ForeignServer(url, key, request_timeout=vllm.request_timeout, needed_length=longest) for url in vllm.servers]
     card = engine_card(config, model.device)
+    if card is None and vllm.gpu_share is not None:
+        raise SamplerError("vllm.gpu_share is set, and the engine runs on a CPU; remove it (vllm.kv_cache_gib bounds its cache)")
     card_bytes = None if card is None else torch.cuda.get_device_properties(card).total_memory
     adapters = adapter is not None and vllm.weights != "merged"
     slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1)) if adapter is not None and adapters else None
@@ -100,7 +102,12 @@ def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None)
     )
     log = Path(tempfile.gettempdir()) / f"fastlora-vllm-{os.getpid()}.log"
     process = EngineProcess(
-        flags, log=log, start_timeout=vllm.start_timeout, request_timeout=vllm.request_timeout, device=None if card is None else card.index
+        flags,
+        log=log,
+        start_timeout=vllm.start_timeout,
+        request_timeout=vllm.request_timeout,
+        device=None if card is None else card.index,
+        scratch=scratch,
     )
     return [OwnEngine(process, sleeps=sleeps(config, on_cpu=card is None))]
 

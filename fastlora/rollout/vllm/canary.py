@@ -35,6 +35,11 @@ SMALLEST_TOLERANCE = 2e-5
 """Nats; 20 float32 roundings of a log-probability of −8, for models so small that both sides agree almost to the bit."""
 
 
+LARGEST_GAP = {torch.float32: 1e-3, torch.bfloat16: 1.5}
+"""Nats that two correct implementations of one base model may differ by at those tokens. SmolLM2-135M: 3e-5 and .25. Another checkpoint
+with the same vocabulary differs by several."""
+
+
 class CanaryError(SamplerError):
     """The engine does not hold the trainer's policy. Nothing was sampled from it; no retry would help."""
 
@@ -60,16 +65,26 @@ class Finding:
 
 
 class Canary:
-    """Fixed prompts and the tolerance on them."""
+    """Fixed prompts and the tolerance on them, of every server its own."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        """dtype: of the base model, on both sides."""
         self.prompts = [list(prompt) for prompt in prompts]
-        self.tolerance = SMALLEST_TOLERANCE
+        self._dtype = dtype
+        self.tolerances: dict[str, float] = {}
 
-    def calibrate(self, base_pv: Tensor, said: Sequence[Mapping[int, float]]) -> float:
-        """Takes the base model's own gap on a server into the tolerance; returns the gap. base_pv: the trainer's, [prompts, v]."""
+    def calibrate(self, base_pv: Tensor, said: Sequence[Mapping[int, float]], *, who: str) -> float:
+        """Makes the base model's own gap on a server the measure of its tolerance; returns the gap. base_pv: the trainer's, [prompts, v].
+
+        Raises CanaryError when no precision explains the gap: the server has another base model.
+        """
         gap = _largest(base_pv, said)
-        self.tolerance = max(self.tolerance, MARGIN * gap)
+        if not gap <= LARGEST_GAP[self._dtype]:  # NaN too
+            raise CanaryError(
+                f"{who} serves another base model than the trainer's: without any adapter its log-probabilities differ by up to {gap:.3g} "
+                f"nats, and {self._dtype} explains no more than {LARGEST_GAP[self._dtype]:g}. Compare model.name, dtype and revision"
+            )
+        self.tolerances[who] = max(SMALLEST_TOLERANCE, MARGIN * gap)
         return gap
 
     def check(
@@ -80,16 +95,17 @@ class Canary:
         Raises CanaryError when they are further off than the tolerance.
         """
         difference = _largest(expected_pv, said)
-        if not difference <= self.tolerance:  # NaN too
-            old = _largest(before_pv, said) <= self.tolerance
+        tolerance = self.tolerances[who]
+        if not difference <= tolerance:  # NaN too
+            old = _largest(before_pv, said) <= tolerance
             raise CanaryError(
                 f"{who} does not sample from version {version}: its log-probabilities differ from the trainer's by up to "
-                f"{difference:.3g} nats, and {self.tolerance:.3g} is what the precision explains. "
+                f"{difference:.3g} nats, and {tolerance:.3g} is what the precision explains. "
                 f"{'They are those of the policy before: the swap did not reach it. ' if old else ''}Nothing was sampled"
             )
         moved = [(expected_pv[p] - before_pv[p])[list(tokens)].abs().max() for p, tokens in enumerate(said)]
         effect = float(torch.stack(moved).max())
-        return Finding(difference, self.tolerance, effect, exact or effect >= DECIDABLE * self.tolerance)
+        return Finding(difference, tolerance, effect, exact or effect >= DECIDABLE * tolerance)
 
 
 def _largest(expected_pv: Tensor, said: Sequence[Mapping[int, float]]) -> float:

@@ -23,6 +23,9 @@ TOP_LOGPROBS = 20
 
 CONNECT_SECONDS = 10.0
 
+CONTROL_SECONDS = 300.0
+"""For anything that is no sampling: load, unload, checksums, canary, weights. An engine that hangs is known by the next of them."""
+
 
 class EngineGoneError(SamplerError):
     """The engine is dead, hung, out of reach, or failed in the middle of a request."""
@@ -48,14 +51,14 @@ class VllmClient:
     """`where` names the server in every message."""
 
     def __init__(self, where: str, *, socket: Path | None = None, api_key: str | None = None, request_timeout: float) -> None:
-        """where: base URL of the server, or with `socket` any name. request_timeout: seconds for one answer."""
-        self.where = where
+        """where: base URL of the server, or with `socket` any name. request_timeout: seconds for samples."""
+        self.where, self._sampling_seconds = where, request_timeout
         transport = None if socket is None else httpx2.HTTPTransport(uds=str(socket))
         self._http = httpx2.Client(
             transport=transport,
             base_url="http://engine" if socket else where,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx2.Timeout(request_timeout, connect=CONNECT_SECONDS),
+            timeout=httpx2.Timeout(min(request_timeout, CONTROL_SECONDS), connect=CONNECT_SECONDS),
             # vLLM hangs up after every 500: the next request on a kept connection would be reset.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy for the outside world is none for a server on this machine or the next
@@ -83,6 +86,7 @@ class VllmClient:
         answer = self._complete(
             model,
             prompt_ids,
+            self._sampling_seconds,
             seed=seed,
             logprobs=0,
             return_token_ids=True,
@@ -98,7 +102,7 @@ class VllmClient:
     ) -> list[list[Completion]]:
         """Samples of several prompts, to the same bits every time (own engines only: serve.py)."""
         body = {"model": model, "prompts": prompts, "seeds": seeds, "params": _sampling(params, stop_token_ids)}
-        answer = self.call("POST", "/fastlora/sample", body).json()
+        answer = self.call("POST", "/fastlora/sample", body, self._sampling_seconds).json()
         return [
             [_completion(s["token_ids"], s["logprobs"], s["finish_reason"]) for s in samples]
             for samples in _checked(answer, model, self.where)["samples"]
@@ -109,6 +113,7 @@ class VllmClient:
         answer = self._complete(
             model,
             prompt_ids,
+            CONTROL_SECONDS,
             max_tokens=1,
             temperature=temperature,
             top_p=1.0,
@@ -119,8 +124,8 @@ class VllmClient:
         top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): logp for token, logp in top.items()}
 
-    def _complete(self, model: str, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
-        answer = self.call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}).json()
+    def _complete(self, model: str, prompt_ids: Sequence[int], seconds: float, **settings: Any) -> dict[str, Any]:
+        answer = self.call("POST", "/v1/completions", {"model": model, "prompt": list(prompt_ids), **settings}, seconds).json()
         return _checked(answer, model, self.where)
 
     def load_adapter(self, name: str, path: Path) -> None:
@@ -152,10 +157,13 @@ class VllmClient:
         """Calls a method of FastloraWorker (own engines only)."""
         return self.call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]
 
-    def call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
-        """Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError: a status from 400 on."""
+    def call(self, verb: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None) -> httpx2.Response:
+        """seconds: for the answer; None = CONTROL_SECONDS. Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError:
+        a status from 400 on.
+        """
         try:
-            response = self._http.request(verb, path, json=body)
+            timeout = httpx2.USE_CLIENT_DEFAULT if seconds is None else httpx2.Timeout(seconds, connect=CONNECT_SECONDS)
+            response = self._http.request(verb, path, json=body, timeout=timeout)
         except httpx2.TimeoutException as error:
             raise EngineGoneError(f"{self.where} did not answer {path} in time ({type(error).__name__})") from error
         except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
@@ -181,6 +189,9 @@ def _sampling(params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str
 
 
 def _completion(token_ids: list[int], logprobs: list[float], finish_reason: str) -> Completion:
+    """Raises EngineGoneError for a sample that somebody else ended (aborted by a pause or a sleep, failed): it is no truncated one."""
+    if finish_reason not in ("stop", "length"):
+        raise EngineGoneError(f"a sample ended by {finish_reason!r} after {len(token_ids)} tokens")
     return Completion(token_ids, logprobs, finish_reason == "stop")
 
 

@@ -9,6 +9,7 @@ adapter that was replaced under its old name and path, and keeps the old weights
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fastlora.atomic import DiskFullError
 from fastlora.lora.folded import FoldedAdapter, fold, write_folded
 from fastlora.lora.merged import merged_weights
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, frozen_parameters
+from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.vllm.adapter_memory import checksum, checksums, one_thread, write_shared
 from fastlora.rollout.vllm.canary import CanaryError, compare_checksums
 from fastlora.rollout.vllm.client import EngineRefusedError, VllmClient
@@ -124,6 +127,9 @@ class WeightPayload:
     model: str | None = None
     exclusive = True
 
+    turns = itertools.count()
+    """Of all verifications, whatever the versions are called: every part has its turn."""
+
     def __init__(self, folder: Path, index: WeightIndex) -> None:
         self._folder, self._index = folder, index
 
@@ -140,7 +146,7 @@ class WeightPayload:
 
     def verify(self, client: VllmClient, *, who: str, version: int) -> None:
         """One part in PARTS of every matrix, another one every time."""
-        part = version % PARTS
+        part = next(self.turns) % PARTS
         expected = part_checksums(self._folder, part, PARTS)
         held = client.worker("fastlora_weight_checksums", list(expected), part, PARTS)
         if wrong := differing(expected, held):
@@ -240,5 +246,8 @@ class FullSource:
 
 
 def _weights(memory: Path, tensors: Iterable[tuple[str, Tensor]], model: BaseModel, version: int, *, complete: bool) -> WeightPayload:
-    index = write_weights(memory, tensors, model.module.dtype, version=f"step-{version}", complete=complete)
+    try:
+        index = write_weights(memory, tensors, model.module.dtype, version=f"step-{version}", complete=complete)
+    except DiskFullError as error:  # not the run's disk, which the trainer saves to
+        raise SamplerError(f"{memory} has no room for the weights: {error}. Make a container's /dev/shm larger") from error
     return WeightPayload(memory, index)

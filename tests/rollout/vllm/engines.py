@@ -110,6 +110,6 @@ def sampler_on(servers: Server | list[Server], model: BaseModel, adapter: Packed
     settings: Mapping[str, Any] = {"folder": memory_folder(), "max_restarts": 2, "say": said.append} | changes
     source = AdapterSource(adapter, model, name=f"t{secrets.token_hex(4)}")
     servers = servers if isinstance(servers, list) else [servers]
-    with VllmSampler(model, source, servers, Canary(canary_prompts(prompts, 40)), **settings) as sampler:
+    with VllmSampler(model, source, servers, Canary(canary_prompts(prompts, 40), model.module.dtype), **settings) as sampler:
         sampler.said = said
         yield sampler

@@ -274,18 +274,28 @@ def verdict(canary: Canary, said: float, *, moved_from: float, exact: bool):
 
 
 def test_the_tolerance_comes_from_the_base_models_gap() -> None:
-    canary = Canary([[1, 2]])
-    gap = canary.calibrate(torch.tensor([[-1.0, -2.0]]), [{0: -1.001, 1: -2.0005}])
-    assert gap == pytest.approx(1e-3, rel=1e-3)
-    assert canary.tolerance == pytest.approx(MARGIN * gap)
-    within, beyond = -1.0 - 0.9 * canary.tolerance, -1.0 - 1.1 * canary.tolerance
-    moved = -1.0 + 2 * DECIDABLE * canary.tolerance
+    canary = Canary([[1, 2]], torch.float32)
+    gap = canary.calibrate(torch.tensor([[-1.0, -2.0]]), [{0: -1.0001, 1: -2.00005}], who="s")
+    assert gap == pytest.approx(1e-4, rel=1e-2)
+    tolerance = canary.tolerances["s"]
+    assert tolerance == pytest.approx(MARGIN * gap)
+    within, beyond = -1.0 - 0.9 * tolerance, -1.0 - 1.1 * tolerance
+    moved = -1.0 + 2 * DECIDABLE * tolerance
     assert verdict(canary, within, moved_from=moved, exact=False).decided
     assert not verdict(canary, within, moved_from=-1.0, exact=False).decided
     assert verdict(canary, within, moved_from=-1.0, exact=True).decided
     for bad in (beyond, float("nan")):
         with pytest.raises(CanaryError, match="s does not sample from version 7"):
             verdict(canary, bad, moved_from=moved, exact=True)
+
+
+def test_another_base_model_is_refused(engine: SharedEngine) -> None:
+    """The same shapes and vocabulary, other weights: a gap that is no precision's, or the tolerance would swallow everything."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.module.model.layers[0].mlp.down_proj.weight.mul_(1.2)
+    with pytest.raises(CanaryError, match="serves another base model than the trainer's"), sampler_on(engine, model, adapted(model)):
+        pass
 
 
 def test_checksums_that_differ_are_named() -> None:

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx2
 import psutil
 import pytest
 import torch
 
 from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm.client import EngineGoneError, VllmClient, _completion
 from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineStartError
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine
@@ -82,6 +82,43 @@ def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: Sh
         assert gone(last)
 
 
+def test_leaving_in_mid_rollout_starts_nothing_again(engine: SharedEngine) -> None:
+    """A second Ctrl-C: the engine ends, and the rollout in flight must neither be waited for nor be tried again on a new one."""
+
+    class Ended(SharedEngine):
+        """Not really: the tests after this one need it."""
+
+        ended = False
+
+        def start(self) -> None:
+            assert not self.ended, "started again"
+            super().start()
+
+        def stop(self, held=()) -> None:
+            self.ended = True
+
+        def alive(self) -> bool:
+            return not self.ended and super().alive()
+
+        def sample(self, *arguments) -> None:
+            time.sleep(1.0)
+            raise EngineGoneError("planted: the engine was ended")
+
+    model = tiny_model()
+    adapter = adapted(model)
+    with sampler_on(Ended(engine._process), model, adapter) as sampler:
+        future = sampler.begin(EXAMPLES, LONG, seed=1, adapter_version=1)
+        start = time.monotonic()
+    assert time.monotonic() - start < 10
+    with pytest.raises(SamplerError, match="closed while it sampled"):
+        future.result()
+
+
+def test_an_aborted_sample_is_no_truncated_one() -> None:
+    with pytest.raises(EngineGoneError, match="ended by 'abort' after 2 tokens"):
+        _completion([1, 2], [-1.0, -1.0], "abort")
+
+
 def test_an_engine_that_cannot_start_says_why(model_folder: Path, tmp_path: Path) -> None:
     """Out of memory: a KV cache that no machine has."""
     process = engine_process(model_folder, tmp_path / "engine.log", memory=["--kv-cache-memory-bytes", str(1 << 50)])
@@ -97,12 +134,15 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from tests.rollout.vllm.engines import engine_process
 process = engine_process(Path({str(model_folder)!r}), Path({str(tmp_path / "engine.log")!r}))
+process._scratch = Path({str(tmp_path / "scratch")!r})
 import threading
 threading.Thread(target=process.start, daemon=True).start()
 while process._process is None: time.sleep(0.05)
 print(process.pid, flush=True)
 time.sleep(600)
 """
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     server = psutil.Process(int(trainer.stdout.readline()))
@@ -113,6 +153,7 @@ time.sleep(600)
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait()
     assert gone([server, *children])
+    assert not scratch.exists(), "what the trainer had on tmpfs goes with it"
 
 
 class FlakyProxy(ThreadingHTTPServer):
@@ -234,13 +275,10 @@ def test_a_refused_load_is_tried_again(engine: SharedEngine) -> None:
     assert any("refused" in line for line in sampler.said)
 
 
-def test_a_closed_client_is_a_gone_engine(engine: SharedEngine) -> None:
-    from fastlora.rollout.vllm.client import EngineGoneError, VllmClient
-
+def test_a_closed_client_is_a_gone_engine() -> None:
     client = VllmClient("http://127.0.0.1:9", request_timeout=1.0)
     with pytest.raises(EngineGoneError, match="out of reach"):
         client.models()
     client.close()
     with pytest.raises(EngineGoneError):
         client.models()
-    assert isinstance(httpx2.__version__, str)

@@ -10,6 +10,7 @@ import torch
 
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
+from fastlora.objectives import PolicyObjective
 from fastlora.rollout.vllm import build
 from fastlora.rollout.vllm.weight_files import send_weights, write_weights
 from tests import tolerances
@@ -64,6 +65,35 @@ def test_a_run_and_its_resumption(changes: dict[str, str], shared: None, model_f
     assert staleness == ([0, 1, 1, 1] if changes else [0, 0, 0, 0])
     versions = [json.loads(line)["adapter_version"] for line in (whole / "completions.jsonl").read_text().splitlines()]
     assert sorted(set(versions)) == ([0, 1, 2] if changes else [0, 1, 2, 3])
+
+
+def test_ahead_interrupted_inside_a_step(shared: None, model_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Between a step's rollout and its update, with reasoning-gym's problems, whose metadata JSON cannot hold."""
+    sums = {
+        "data.source": '"reasoning_gym:chain_sum"',
+        "data.options": "{ max_terms = 2, max_digits = 1 }",
+        "data.train_size": "12",
+        "data.eval_path": '"none"',
+    }
+    config = config_of(tmp_path, model_folder, **AHEAD, **sums)
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "eval_path" not in line))
+    assert run(config, "--name", "whole") == 0
+    collect = PolicyObjective.collect
+
+    def interrupted(self: PolicyObjective, step: int, *arguments):
+        data = collect(self, step, *arguments)
+        if step == 3:
+            raise Interrupted
+        return data
+
+    monkeypatch.setattr(PolicyObjective, "collect", interrupted)
+    assert run(config, "--name", "broken") == 130
+    monkeypatch.setattr(PolicyObjective, "collect", collect)
+    assert run("--resume", str(tmp_path / "runs" / "broken")) == 0
+    one, other = (adapter_tensors(tmp_path / "runs" / name) for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    logs = [(tmp_path / "runs" / name / "completions.jsonl").read_text() for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
 
 
 def test_on_time_the_sides_agree_and_ahead_they_differ_by_a_step(shared: None, model_folder: Path, tmp_path: Path) -> None:
