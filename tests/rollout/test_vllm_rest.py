@@ -156,7 +156,7 @@ def stand_in(tmp_path: Path):
     model = tiny_model()
     adapter = adapted(model, strength=0.0)
     server = StandIn(model, adapter)
-    canary = Canary([[3, 4, 5, 6], [7, 8, 9]])
+    canary = Canary([[3, 4, 5, 6], [7, 8, 9]], torch.float32)
     source = AdapterSource(adapter, model, "t")
     with VllmSampler(model, source, [server], canary, folder=tmp_path / "a", max_restarts=1, say=lambda _: None) as sampler:
         server.diary.clear()
