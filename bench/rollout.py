@@ -48,10 +48,11 @@ VLLM = Contender("fastlora-vllm", "float32", work="rollout")
 TORCH = Contender("fastlora", "float32", work="rollout")
 TRL = Contender("trl", "float32", work="rollout")
 RIVALS = {
-    "float32": (VLLM, TORCH, TRL),
+    "float32": (VLLM, TORCH, replace(TRL, micro_batch=4)),
     "bfloat16": tuple(replace(rival, dtype="bfloat16") for rival in (VLLM, TORCH, replace(TRL, micro_batch=2))),
 }
-"""TRL's defaults in fp32; in bf16 its fastest micro-batch on this workload (docs/bench), which only the step depends on."""
+"""TRL's fastest micro-batch on this workload (docs/bench), which only the step depends on. Its default, 16, takes 15 GiB in fp32, and with
+two trainers and an engine beside it 24 GiB are not enough."""
 
 PARTS = ("rollouts", "steps", "swaps", "logprobs", "compiled")
 USUAL = PARTS[:-1]
@@ -85,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = parser("bench.rollout", __doc__)
     command.add_argument("--pairs", type=positive, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
     command.add_argument("--swaps", type=positive, default=500, metavar="N", help="versions swapped in in a row (default 500)")
+    command.add_argument("--dtypes", nargs="+", choices=list(RIVALS), default=list(RIVALS), help="of rollouts and steps (default both)")
     command.add_argument("--only", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"of {', '.join(PARTS)}")
     command.add_argument("--check", action="store_true", help="write nothing, exit 1 when a target is missed")
     command.add_argument("--dry-run", action="store_true", help="one pair of 8 tokens, five swaps, nothing written")
@@ -120,8 +122,8 @@ def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say
         shape=describe(rollout, f"r {min(settings.rank_pattern.values())} to {max(settings.rank_pattern.values())}"),
         threads=options.threads,
         adapter_bytes=adapter_bytes(folder),
-        rollouts={dtype: turns(rivals) for dtype, rivals in RIVALS.items()} if "rollouts" in parts else {},
-        steps={dtype: turns(rivals) for dtype, rivals in steps.items()} if "steps" in parts else {},
+        rollouts={dtype: turns(RIVALS[dtype]) for dtype in options.dtypes} if "rollouts" in parts else {},
+        steps={dtype: turns(steps[dtype]) for dtype in options.dtypes} if "steps" in parts else {},
         swaps=alone(replace(VLLM, work="swap"), options.swaps) if "swaps" in parts else None,
         logprobs=alone(replace(VLLM, work="logprob"), 1) if "logprobs" in parts else None,
         compiled=turns([VLLM, replace(VLLM, compiled=True)]) if "compiled" in parts else (),
