@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class EngineGoneError(SamplerError):
 
 class EngineRefusedError(SamplerError):
     """The engine is alive and will not do it."""
+
+    status: int | None = None
+    """HTTP's, where that was its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +145,12 @@ class VllmClient:
             raise EngineRefusedError(f"{error} (adapter {name})") from None
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter; the slot is freed when the next one needs it."""
-        self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        """Forgets an adapter, or finds that it is not there (its load may have failed); the slot is freed when the next one needs it."""
+        try:
+            self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        except EngineRefusedError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
 
     def sleep(self) -> None:
         """Level 1: weights and adapter slots go to the computer's memory, the cache is dropped (own engines; a CPU only pauses)."""
@@ -171,7 +179,9 @@ class VllmClient:
         if response.status_code >= 500:
             raise EngineGoneError(f"{self.where} failed with {response.status_code} on {path}: {_message(response)}")
         if response.status_code >= 400:
-            raise EngineRefusedError(f"{self.where} refused {path} with {response.status_code}: {_message(response)}")
+            refusal = EngineRefusedError(f"{self.where} refused {path} with {response.status_code}: {_message(response)}")
+            refusal.status = response.status_code
+            raise refusal
         return response
 
 

@@ -224,8 +224,8 @@ class ForeignServer(Server):
 
     def stop(self, held: Sequence[Policy] = ()) -> None:
         """It goes on without us, and without our adapters."""
-        with suppress(SamplerError):  # it may be gone
-            for policy in held:
+        for policy in held:
+            with suppress(SamplerError):  # it may be gone
                 self.unload(policy)
         self._client.close()
 
