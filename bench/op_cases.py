@@ -28,6 +28,7 @@ from fastlora.ops import (
     linear_logprob,
     logprob_rows,
     lora_linear,
+    nucleus_rows,
     packed_attention,
     rms_norm,
     sample_rows,
@@ -252,12 +253,17 @@ def _head_cases(update: Update) -> Iterator[Case]:
         logp, entropy, log_z = dispatchers["logprob_rows"](*arguments)
         return z, target, logp.cos(), None, log_z, entropy, temperature
 
+    def nucleus(dtype: torch.dtype) -> tuple[Any, ...]:
+        z, _, temperature, _ = rows(dtype)
+        return z, temperature, 0.9
+
     words = f"[{c}, {d}] · [{v}, {d}]ᵀ in tiles of {tile} rows"
     logits, dhidden = (tile, d, v), (tile, v, d)
     yield Case(linear_logprob.SPEC, words, head, Counter([logits]))
     yield Case(linear_logprob.BACKWARD_SPEC, words, head_backward, Counter([logits, dhidden]))
     yield Case(logprob_rows.SPEC, f"[{tile}, {v}]", rows, Counter())
     yield Case(logprob_rows.BACKWARD_SPEC, f"[{tile}, {v}]", rows_backward, Counter())
+    yield Case(nucleus_rows.SPEC, f"[{tile}, {v}], top-p .9", nucleus, Counter())
 
 
 def _loss_cases(update: Update) -> Iterator[Case]:

@@ -157,7 +157,7 @@ time.sleep(600)
 
 
 class FlakyProxy(ThreadingHTTPServer):
-    """Stands between the sampler and the real engine: answers 500 to every `every`-th completion, or nothing at all when `dead`.
+    """Stands between the sampler and the real engine: answers 500 to every `every`-th prompt, or nothing at all when `dead`.
 
     A stand-in for a network and a server that fail on demand; what it lets through is vLLM's.
     """
@@ -194,7 +194,7 @@ class _Forward(BaseHTTPRequestHandler):
         if self.server.dead:
             self.connection.close()
             return
-        if self.path == "/v1/completions" and b"token_ids" in body and self.server.fails_now():
+        if self.path == "/v1/completions" and b'"n":' in body and self.server.fails_now():
             status, content = 500, b'{"error": {"message": "planted"}}'
         else:
             answer = self.server.upstream.request(self.command, self.path, content=body, headers={"Content-Type": "application/json"})
