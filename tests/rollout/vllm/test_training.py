@@ -73,6 +73,7 @@ def test_ahead_interrupted_inside_a_step(shared: None, model_folder: Path, tmp_p
         "data.source": '"reasoning_gym:chain_sum"',
         "data.options": "{ max_terms = 2, max_digits = 1 }",
         "data.train_size": "12",
+        "data.max_prompt_length": "96",
         "data.eval_path": '"none"',
     }
     config = config_of(tmp_path, model_folder, **AHEAD, **sums)
