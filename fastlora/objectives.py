@@ -194,8 +194,11 @@ class PolicyObjective:
         for step, rollout in self._rollouts.kept().items():
             tensors, ahead[str(step)] = take_apart(rollout)
             state |= {f"ahead.{step}.{name}": tensor for name, tensor in tensors.items()}
-        choice = self._sampler.choice() if isinstance(self._sampler, ChoosingSampler) else ""
-        return state | {"ahead": ahead, "sampler_choice": choice}
+        if ahead:
+            state["ahead"] = ahead
+        if isinstance(self._sampler, ChoosingSampler):
+            state["sampler_choice"] = self._sampler.choice()
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Objective."""
@@ -203,7 +206,7 @@ class PolicyObjective:
         self._entropy = EntropyControl(state["coef"], float("inf") if last is None else last)
         if isinstance(self._sampler, ChoosingSampler):
             self._sampler.choose(state["sampler_choice"])
-        for step, record in state["ahead"].items():
+        for step, record in state.get("ahead", {}).items():
             tensors = {name.rpartition(".")[2]: value for name, value in state.items() if name.startswith(f"ahead.{step}.")}
             self._rollouts.put(int(step), put_together(tensors, record, self._request(int(step)).examples, self._model.device))
 

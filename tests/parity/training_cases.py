@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -195,6 +196,7 @@ def train_ours(config: RunConfig, recordings: dict[int, Recording], twins: Twins
         flat=twins.adapter.flat,
         optimizer=AdamW(twins.adapter.flat, config.optim),
         learning_rates=learning_rates(config.optim, OPTIMIZER_STEPS),
+        engine=nullcontext(),
         objective=PolicyObjective(config, model, twins.adapter, sampler, rewards, EXAMPLES),
         sampler=sampler,
         rewards=rewards,

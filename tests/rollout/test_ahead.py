@@ -20,7 +20,7 @@ def request(step: int) -> Request:
 
 def rollout(step: int, version: int) -> Rollout:
     empty = torch.zeros(1, 0)
-    return Rollout(request(step).examples, 1, empty, empty, empty, empty, empty, empty[:, 0], ("",), version)
+    return Rollout(request(step).examples, 1, empty, empty, empty, empty, empty, torch.zeros(1), ("",), version)
 
 
 class Diary:
