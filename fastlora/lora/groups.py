@@ -22,6 +22,12 @@ class AttachError(FastloraError):
     """The adapter does not fit the model; the message names the module."""
 
 
+RANK_MULTIPLE = 32
+"""Rows that A is padded to with zeros for sampling: oneDNN's fast bfloat16 products want widths of a multiple. SmolLM2 with ranks from 4 to
+32, 16 completions of 128 tokens: 5.9 s instead of 17.
+"""
+
+
 class _FrozenGroup:
     """A group's weights for sampling on a CPU: W of all members and A as one matrix in oneDNN's own layout, s B as one block-diagonal one.
 
@@ -33,15 +39,17 @@ class _FrozenGroup:
         self._widths = [layer.weight.shape[0] for layer in group.layers]
         b_parts = group.b_flat.detach().split([n * r for n, r in zip(self._widths, group.ranks, strict=True)])
         blocks = [(scale * b.view(r, n)).t() for b, r, n, scale in zip(b_parts, group.ranks, self._widths, group.scales, strict=True)]
-        self._b_nr = torch.block_diag(*blocks).to(dtype)
-        weight = torch.cat([*(layer.weight for layer in group.layers), group.a_rd.detach().to(dtype)])
+        padding = -sum(group.ranks) % RANK_MULTIPLE
+        self._b_nr = nn.functional.pad(torch.block_diag(*blocks).to(dtype), (0, padding))
+        a_rd = nn.functional.pad(group.a_rd.detach().to(dtype), (0, 0, 0, padding))
+        weight = torch.cat([*(layer.weight for layer in group.layers), a_rd])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self._bias = None
         if any(layer.bias is not None for layer in group.layers):
             biases = [
                 weight.new_zeros(n) if layer.bias is None else layer.bias for layer, n in zip(group.layers, self._widths, strict=True)
             ]
-            self._bias = torch.cat([*biases, weight.new_zeros(len(group.a_rd))])
+            self._bias = torch.cat([*biases, weight.new_zeros(len(a_rd))])
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         yh = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
