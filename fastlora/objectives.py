@@ -27,7 +27,7 @@ from fastlora.policy import loss_on, score
 from fastlora.rewards.deposits import Rewarded
 from fastlora.rollout.ahead import Ahead, BackgroundSampler, OnTime, Request, Rollouts
 from fastlora.rollout.replay import put_together, take_apart
-from fastlora.rollout.sampler import ChoosingSampler, Sampler, SamplingParams
+from fastlora.rollout.sampler import Sampler, SamplingParams, derived_seed
 from fastlora.types import Example, Rollout, TrainBatch
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -74,11 +74,6 @@ class Objective(Protocol):
         ...
 
 
-def derived_seed(seed: int, step: int) -> int:
-    """Seed of everything random in one step: a function of the run's seed and the step, so that a resumed run needs no state."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
 class PolicyObjective:
     """GRPO: sample, reward, advantages, clipped surrogate."""
 
@@ -92,7 +87,7 @@ class PolicyObjective:
         examples: Sequence[Example],
     ) -> None:
         self._config, self._model, self._adapter = config, model, adapter
-        self._sampler, self._reward, self._examples = sampler, reward, examples
+        self._reward, self._examples = reward, examples
         ahead = config.vllm.staleness > 0
         self._rollouts: Rollouts = (
             Ahead(cast(BackgroundSampler, sampler), self._request, config.trainer.steps) if ahead else OnTime(sampler, self._request)
@@ -196,16 +191,12 @@ class PolicyObjective:
             state |= {f"ahead.{step}.{name}": tensor for name, tensor in tensors.items()}
         if ahead:
             state["ahead"] = ahead
-        if isinstance(self._sampler, ChoosingSampler):
-            state["sampler_choice"] = self._sampler.choice()
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Objective."""
         last = state["last_entropy"]
         self._entropy = EntropyControl(state["coef"], float("inf") if last is None else last)
-        if isinstance(self._sampler, ChoosingSampler):
-            self._sampler.choose(state["sampler_choice"])
         for step, record in state.get("ahead", {}).items():
             tensors = {name.rpartition(".")[2]: value for name, value in state.items() if name.startswith(f"ahead.{step}.")}
             self._rollouts.put(int(step), put_together(tensors, record, self._request(int(step)).examples, self._model.device))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,17 +42,10 @@ class Sampler(Protocol):
         ...
 
 
-@runtime_checkable
-class ChoosingSampler(Protocol):
-    """A sampler that measures and chooses at its start; a resumed run keeps the choice that it began with, whatever the clock says now."""
-
-    def choice(self) -> str:
-        """Its name; "" when there was nothing to choose."""
-        ...
-
-    def choose(self, choice: str) -> None:
-        """Takes over the choice of an earlier process."""
-        ...
+def derived_seed(seed: int, part: int) -> int:
+    """Seed of one part (a step of a run, a prompt of a rollout) of what has a seed: a function of the two, so that a resumed run needs no
+    state."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def pad_right(rows: Sequence[Tensor], value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,10 @@ def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None,
     if card is None and vllm.gpu_share is not None:
         raise SamplerError("vllm.gpu_share is set, and the engine runs on a CPU; remove it (vllm.kv_cache_gib bounds its cache)")
     card_bytes = None if card is None else torch.cuda.get_device_properties(card).total_memory
-    adapters = adapter is not None and vllm.weights != "merged"
-    slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1)) if adapter is not None and adapters else None
+    if adapter is None or vllm.weights == "merged":
+        slot_rank = None
+    else:
+        slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1))
     memory = engine_memory(config, model.module.config, slot_rank or 0, card_bytes)
     flags = engine_flags(
         model=resolve_source(config.model),

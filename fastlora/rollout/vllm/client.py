@@ -1,7 +1,7 @@
 """One vLLM server over HTTP: token ids in, token ids and processed log-probabilities out; adapters loaded and unloaded; errors by name.
 
-Own engines listen on a Unix socket, foreign ones on a URL; what is said is the same. `EngineGoneError` is worth a retry on a restarted
-engine or another server, `EngineRefusedError` is not: the same request would be refused again.
+Own engines listen on a Unix socket, foreign ones on a URL; what is said is the same. `EngineGoneError`: no answer that
+counts. `EngineRefusedError`: a clear no, from a server that lives. The sampler tries both again, within its bound.
 """
 
 from __future__ import annotations

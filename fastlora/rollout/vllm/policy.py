@@ -178,37 +178,11 @@ class Source(Protocol):
         ...
 
 
-class AdapterSource:
-    """An adapter, as an adapter."""
+class _OfAdapter:
+    """What both sources of an adapter share."""
 
-    exclusive = False
-
-    def __init__(self, adapter: PackedAdapter, model: BaseModel, name: str) -> None:
-        """name: of the run, unique among all that use the servers."""
-        self._adapter, self._model, self._name = adapter, model, name
-
-    def base(self) -> AbstractContextManager[None]:
-        """See Source."""
-        return self._adapter.disabled()
-
-    def fingerprint(self) -> int:
-        """Of every entry."""
-        return checksum(self._adapter.flat.data)
-
-    def payload(self, version: int, folder: Path) -> AdapterPayload:
-        """See Source."""
-        with one_thread():
-            return AdapterPayload(f"{self._name}-v{version}", fold(self._adapter, self._model.module.dtype), folder, self._model.source)
-
-
-class MergedSource:
-    """An adapter, merged into copies of the base's matrices."""
-
-    exclusive = True
-
-    def __init__(self, adapter: PackedAdapter, model: BaseModel, memory: Path) -> None:
-        """memory: folder for the file, whose memory every version uses again."""
-        self._adapter, self._model, self._memory = adapter, model, memory
+    def __init__(self, adapter: PackedAdapter, model: BaseModel) -> None:
+        self._adapter, self._model = adapter, model
 
     def base(self) -> AbstractContextManager[None]:
         """See Source."""
@@ -217,6 +191,33 @@ class MergedSource:
     def fingerprint(self) -> int:
         """Of every entry of the adapter."""
         return checksum(self._adapter.flat.data)
+
+
+class AdapterSource(_OfAdapter):
+    """An adapter, as an adapter."""
+
+    exclusive = False
+
+    def __init__(self, adapter: PackedAdapter, model: BaseModel, name: str) -> None:
+        """name: of the run, unique among all that use the servers."""
+        super().__init__(adapter, model)
+        self._name = name
+
+    def payload(self, version: int, folder: Path) -> AdapterPayload:
+        """See Source."""
+        with one_thread():
+            return AdapterPayload(f"{self._name}-v{version}", fold(self._adapter, self._model.module.dtype), folder, self._model.source)
+
+
+class MergedSource(_OfAdapter):
+    """An adapter, merged into copies of the base's matrices."""
+
+    exclusive = True
+
+    def __init__(self, adapter: PackedAdapter, model: BaseModel, memory: Path) -> None:
+        """memory: folder for the file, whose memory every version uses again."""
+        super().__init__(adapter, model)
+        self._memory = memory
 
     def payload(self, version: int, folder: Path) -> WeightPayload:
         """See Source."""

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from fastlora.model import BaseModel
 from fastlora.policy import next_token_logp
 from fastlora.prompt import encode
 from fastlora.rollout.assemble import assemble
-from fastlora.rollout.sampler import SamplerError, SamplingParams
+from fastlora.rollout.sampler import SamplerError, SamplingParams, derived_seed
 from fastlora.rollout.vllm.canary import Canary
 from fastlora.rollout.vllm.client import Completion, EngineGoneError, EngineRefusedError
 from fastlora.rollout.vllm.policy import Policy, Source
@@ -95,7 +94,6 @@ class VllmSampler:
         self._model, self._source, self._servers, self._canary = model, source, list(servers), canary
         self._folder, self._max_restarts, self._say = folder, max_restarts, say
         self._trial = trial
-        self._candidates: dict[str, Source] = {}
         self._policies: dict[int, Policy] = {}
         self._users: Counter[int] = Counter()
         self._in_flight: list[Future[Rollout]] = []
@@ -104,9 +102,8 @@ class VllmSampler:
         self._starts: Counter[str] = Counter()
         self._lost: set[str] = set()
         self._closed = False
-        self._lock = (
-            threading.RLock()
-        )  # of all of the above, and of what is done to servers: a rollout may restart one while another begins
+        # Of all of the above, and of what is done to servers: a rollout may restart one while another begins.
+        self._lock = threading.RLock()
         self._rollouts = ThreadPoolExecutor(1, thread_name_prefix="vllm-rollout")  # one at a time: a shared batch rounds differently
 
     def __enter__(self) -> VllmSampler:
@@ -161,11 +158,10 @@ class VllmSampler:
             original.verify(server.client, who=server.name, version=0)
             self._held[server.name].clear()
         self._policies.clear()
-        self._source = trial.other if seconds["merged copy"] < seconds["adapter"] else first
+        chosen = min(seconds, key=seconds.__getitem__)
+        self._source = {"adapter": first, "merged copy": trial.other}[chosen]
         measured = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-        self._say(
-            f"vllm.weights = 'auto': swap and sampling of a step, measured: {measured}; {min(seconds, key=seconds.__getitem__)} it is"
-        )
+        self._say(f"vllm.weights = 'auto': swap and sampling of a step, measured: {measured}; {chosen} it is")
 
     def sample(self, examples: Sequence[Example], params: SamplingParams, *, seed: int, adapter_version: int) -> Rollout:
         """See rollout.sampler.Sampler. Raises CanaryError, or SamplerError when restarts did not help."""
@@ -342,7 +338,7 @@ class VllmSampler:
         done: dict[int, list[Completion]],
     ) -> dict[Server, SamplerError]:
         """Asks for the prompts `owed`, spread over the servers, and puts what comes into `done`; the servers that failed, and how."""
-        seeds = {index: prompt_seed(seed, index) for index in owed}
+        seeds = {index: derived_seed(seed, index) for index in owed}  # whoever samples a prompt, and however often
         failures: dict[Server, SamplerError] = {}
 
         def ask(place: int) -> None:
@@ -357,11 +353,6 @@ class VllmSampler:
         with ThreadPoolExecutor(len(servers), thread_name_prefix="vllm-server") as pool:
             list(pool.map(ask, range(len(servers))))
         return failures
-
-
-def prompt_seed(seed: int, index: int) -> int:
-    """Of the samples of one prompt: a function of the rollout's seed and the prompt's place, whoever samples it and however often."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
