@@ -26,6 +26,8 @@ class Contender:
     """Samples per backward pass."""
     compiled: bool = False
     """torch.compile: of the decoder layers (plain), of vLLM's model (fastlora-vllm)."""
+    weights: Literal["adapter", "merged"] = "adapter"
+    """What vLLM samples from (fastlora-vllm only)."""
     method: Literal["lora", "full"] = "lora"
     """full: every weight trains (fastlora only)."""
     work: Literal["update", "step", "rollout", "swap", "logprob"] = "update"
@@ -35,8 +37,8 @@ class Contender:
     @property
     def name(self) -> str:
         """Names a table row: `trl float32 mb16`."""
-        extras = [self.method] * (self.method != "lora") + ["compiled"] * self.compiled + [self.work] * (self.work != "update")
-        return " ".join([self.library, self.dtype, f"mb{self.micro_batch}", *extras])
+        extras = [self.method] * (self.method != "lora") + [self.weights] * (self.weights != "adapter") + ["compiled"] * self.compiled
+        return " ".join([self.library, self.dtype, f"mb{self.micro_batch}", *extras, *[self.work] * (self.work != "update")])
 
     def settings(self) -> dict[str, Any]:
         """The fields, JSON-able."""

@@ -2,6 +2,8 @@
 
     rollouts    all completions, adapter on: vLLM (swap and canary included), our torch sampler, TRL's `generate`, in turns; fp32 and bf16
     steps       whole GRPO steps of the same three; what swap and canary take of vLLM's
+    merged      whole steps again, vLLM with the adapter merged into its weights, against TRL; fp32 and bf16
+    defaults    and vLLM as fastlora starts it where nothing is set, in bf16, against TRL's own defaults: fp32, micro-batch 16
     swaps       versions in a row, one token from each: seconds, and whether memory, tmpfs or latency grow; fp32
     logprobs    of every sampled token, vLLM's against the trainer's, fp32, T .7, at top-p 1 and .9
     compiled    (not unless asked for) vLLM as it runs here against vLLM's torch.compile
@@ -54,7 +56,10 @@ RIVALS = {
 """TRL's fastest micro-batch on this workload (docs/bench), which only the step depends on. Its default, 16, takes 15 GiB in fp32, and with
 two trainers and an engine beside it 24 GiB are not enough."""
 
-PARTS = ("rollouts", "steps", "swaps", "logprobs", "compiled")
+MERGED = {dtype: (replace(rivals[0], weights="merged"), rivals[-1]) for dtype, rivals in RIVALS.items()}
+DEFAULTS = (RIVALS["bfloat16"][0], TRL)
+
+PARTS = ("rollouts", "steps", "merged", "defaults", "swaps", "logprobs", "compiled")
 USUAL = PARTS[:-1]
 DRY_TOKENS, DRY_SWAPS = 8, 5
 
@@ -86,7 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = parser("bench.rollout", __doc__)
     command.add_argument("--pairs", type=positive, default=5, metavar="N", help="timed runs of each contender, in turns (default 5)")
     command.add_argument("--swaps", type=positive, default=500, metavar="N", help="versions swapped in in a row (default 500)")
-    command.add_argument("--dtypes", nargs="+", choices=list(RIVALS), default=list(RIVALS), help="of rollouts and steps (default both)")
+    command.add_argument("--dtypes", nargs="+", choices=list(RIVALS), default=list(RIVALS), help="(default both)")
     command.add_argument("--only", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"of {', '.join(PARTS)}")
     command.add_argument("--check", action="store_true", help="write nothing, exit 1 when a target is missed")
     command.add_argument("--dry-run", action="store_true", help="one pair of 8 tokens, five swaps, nothing written")
@@ -117,13 +122,17 @@ def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say
         check_tokens([result], expected)
         return result
 
-    steps = {dtype: [replace(rival, work="step") for rival in rivals] for dtype, rivals in RIVALS.items()}
+    def steps(rivals: Sequence[Contender]) -> list[Result]:
+        return turns([replace(rival, work="step") for rival in rivals])
+
     return Measured(
         shape=describe(rollout, f"r {min(settings.rank_pattern.values())} to {max(settings.rank_pattern.values())}"),
         threads=options.threads,
         adapter_bytes=adapter_bytes(folder),
         rollouts={dtype: turns(RIVALS[dtype]) for dtype in options.dtypes} if "rollouts" in parts else {},
-        steps={dtype: turns(steps[dtype]) for dtype in options.dtypes} if "steps" in parts else {},
+        steps={dtype: steps(RIVALS[dtype]) for dtype in options.dtypes} if "steps" in parts else {},
+        merged={dtype: steps(MERGED[dtype]) for dtype in options.dtypes} if "merged" in parts else {},
+        defaults=steps(DEFAULTS) if "defaults" in parts else (),
         swaps=alone(replace(VLLM, work="swap"), options.swaps) if "swaps" in parts else None,
         logprobs=alone(replace(VLLM, work="logprob"), 1) if "logprobs" in parts else None,
         compiled=turns([VLLM, replace(VLLM, compiled=True)]) if "compiled" in parts else (),

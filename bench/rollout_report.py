@@ -25,8 +25,11 @@ TARGETS = (
     Target("canary_share_bf16", "canary, share of a step, bf16", 0.03, False),
     Target("rollout_speedup", "rollout vs TRL's Hugging Face generate, fp32", 1.3, True),
     Target("rollout_speedup_bf16", "rollout vs TRL's Hugging Face generate, bf16", 1.3, True),
-    Target("step_speedup", "whole step vs TRL's with Hugging Face generate, fp32", 3.0, True),
-    Target("step_speedup_bf16", "whole step vs the fastest TRL with Hugging Face generate, bf16", 3.0, True),
+    Target("step_speedup", "whole step vs the fastest TRL's with Hugging Face generate, both fp32", 3.0, True),
+    Target("step_speedup_bf16", "the same, both bf16", 3.0, True),
+    Target("step_speedup_merged", "the same, merged in the engine, both fp32", 3.0, True),
+    Target("step_speedup_merged_bf16", "the same, merged in the engine, both bf16", 3.0, True),
+    Target("step_speedup_defaults", "the same, fastlora's defaults (bf16) vs TRL's (fp32, micro-batch 16)", 3.0, True),
     Target("logprob_max_abs", "log-prob vLLM − trainer, fp32, T .7, top-p 1: max, nats", 1e-4, False),
     Target("logprob_nucleus_within", "the same at top-p .9: share of tokens within 1e-4", 0.999, True),
     Target("boundary_unexplained", "exceptions that are no boundary tokens", 0.0, False),
@@ -49,7 +52,8 @@ WARMED_UP = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured; a part that was not asked for is empty. In every race vLLM comes first, then our torch sampler, TRL last."""
+    """What was measured; a part that was not asked for is empty. In every race vLLM comes first, TRL last; in rollouts and steps our torch
+    sampler stands between them."""
 
     shape: str
     threads: int
@@ -57,6 +61,9 @@ class Measured:
     """Of one version in the engine, at the swaps' dtype."""
     rollouts: Mapping[DType, Sequence[Result]] = field(default_factory=dict)
     steps: Mapping[DType, Sequence[Result]] = field(default_factory=dict)
+    merged: Mapping[DType, Sequence[Result]] = field(default_factory=dict)
+    defaults: Sequence[Result] = ()
+    """Whole steps, both."""
     swaps: Result | None = None
     logprobs: Result | None = None
     compiled: Sequence[Result] = ()
@@ -77,13 +84,20 @@ def numbers(measured: Measured) -> dict[str, Any]:
     for dtype, race in measured.steps.items():
         found |= {f"step_speedup{SUFFIXES[dtype]}": speedup(race), f"step_vs_torch{SUFFIXES[dtype]}": race[1].median / race[0].median}
         found |= {f"{what}_share{SUFFIXES[dtype]}": share(race[0], f"sampler/{what}_seconds") for what in ("swap", "canary")}
+    found |= {f"step_speedup_merged{SUFFIXES[dtype]}": speedup(race) for dtype, race in measured.merged.items()}
+    if measured.defaults:
+        found["step_speedup_defaults"] = speedup(measured.defaults)
     if measured.swaps:
         found |= swap_numbers(measured.swaps, measured.adapter_bytes)
     if measured.logprobs:
         found |= logprob_numbers(measured.logprobs)
     if measured.compiled:
         found["compiled_speedup"] = measured.compiled[0].median / measured.compiled[1].median
-    groups = {"rollout": measured.rollouts.values(), "step": measured.steps.values(), "compiled": [measured.compiled]}
+    groups = {
+        "rollout": measured.rollouts.values(),
+        "step": [*measured.steps.values(), *measured.merged.values(), measured.defaults],
+        "compiled": [measured.compiled],
+    }
     contenders = {f"{name}_contenders": [about(result) for race in races for result in race] for name, races in groups.items()}
     return found | {name: shown for name, shown in contenders.items() if shown}
 
@@ -148,10 +162,11 @@ def logprob_numbers(logprobs: Result) -> dict[str, Any]:
 
 def rows(measured: Measured) -> Iterator[Row]:
     """One per contender of every race, and the swaps'."""
-    for op, races in (("rollout.sample", measured.rollouts), ("rollout.step", measured.steps)):
-        for dtype, race in races.items():
+    merged = {f"{dtype}, merged": race for dtype, race in measured.merged.items()}
+    for op, races in (("rollout.sample", measured.rollouts), ("rollout.step", {**measured.steps, **merged, "defaults": measured.defaults})):
+        for name, race in races.items():
             for result in race:
-                yield row(measured, op, dtype, result, result.seconds, race[-1].median)
+                yield row(measured, op, name, result, result.seconds, race[-1].median)
     for result in measured.compiled:
         yield row(measured, "rollout.sample", "compiled engine", result, result.seconds, measured.compiled[0].median)
     if measured.swaps:

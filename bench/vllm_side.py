@@ -54,6 +54,7 @@ def without_end(params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[s
 def serve(contender: Contender, folder: Path, commands: Commands, report: Report) -> None:
     """See contender.Serve."""
     config = run_config(folder, contender.dtype, micro_batch=contender.micro_batch, sampler="vllm")
+    config = config.model_copy(update={"vllm": config.vllm.model_copy(update={"weights": contender.weights})})
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(vllm_client, "_sampling", without_end))
         if contender.compiled:

@@ -87,6 +87,8 @@ def rollouts_measured(*, leak: float = 0.0) -> Measured:
         adapter_bytes=1000,
         rollouts=races,
         steps=races,
+        merged={dtype: [race[0], race[-1]] for dtype, race in races.items()},
+        defaults=[races["bfloat16"][0], races["float32"][-1]],
         swaps=Result(replace(VLLM, work="swap"), [1.0] * 20, [1.0] * 20, 1 << 30, {**grown, **flat, **timed}),
         logprobs=result(replace(VLLM, work="logprob"), 1.0, compared),
     )

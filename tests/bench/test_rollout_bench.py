@@ -82,6 +82,7 @@ def test_json() -> None:
         *(
             ("rollout_speedup", 4.0),
             ("step_speedup_bf16", 4.0),
+            ("step_speedup_defaults", 4.0),
             ("rollout_vs_torch", 1.6),
             ("swap_share", 0.01),
             ("canary_share_bf16", 0.1),
@@ -120,7 +121,7 @@ def test_a_part_alone_has_its_own_numbers_and_goes_into_the_last_summary(tmp_pat
 def test_rows_count_the_engine_too(tmp_path: Path) -> None:
     write_measured(rollouts_measured(), [], True, tmp_path)
     rows = read_rows(tmp_path / device_slug() / "rollout.jsonl")
-    assert [row["op"] for row in rows] == ["rollout.sample"] * 6 + ["rollout.step"] * 6 + ["rollout.swap", "rollout.canary"]
+    assert [row["op"] for row in rows] == ["rollout.sample"] * 6 + ["rollout.step"] * 12 + ["rollout.swap", "rollout.canary"]
     assert (rows[0]["cpu_seconds"], rows[0]["peak_bytes"], rows[2]["cpu_seconds"]) == (12.0, 2 << 30, 20.0)
     assert [row["x_baseline"] for row in rows[:3]] == [4.0, 2.5, 1.0]
 
