@@ -93,11 +93,7 @@ def numbers(measured: Measured) -> dict[str, Any]:
         found |= logprob_numbers(measured.logprobs)
     if measured.compiled:
         found["compiled_speedup"] = measured.compiled[0].median / measured.compiled[1].median
-    groups = {
-        "rollout": measured.rollouts.values(),
-        "step": [*measured.steps.values(), *measured.merged.values(), measured.defaults],
-        "compiled": [measured.compiled],
-    }
+    groups = {"rollout": measured.rollouts.values(), "step": step_races(measured).values(), "compiled": [measured.compiled]}
     contenders = {f"{name}_contenders": [about(result) for race in races for result in race] for name, races in groups.items()}
     return found | {name: shown for name, shown in contenders.items() if shown}
 
@@ -160,10 +156,15 @@ def logprob_numbers(logprobs: Result) -> dict[str, Any]:
     }
 
 
+def step_races(measured: Measured) -> dict[str, Sequence[Result]]:
+    """By name, all that time whole steps."""
+    merged = {f"{dtype}, merged": race for dtype, race in measured.merged.items()}
+    return {**measured.steps, **merged, "defaults": measured.defaults}
+
+
 def rows(measured: Measured) -> Iterator[Row]:
     """One per contender of every race, and the swaps'."""
-    merged = {f"{dtype}, merged": race for dtype, race in measured.merged.items()}
-    for op, races in (("rollout.sample", measured.rollouts), ("rollout.step", {**measured.steps, **merged, "defaults": measured.defaults})):
+    for op, races in (("rollout.sample", measured.rollouts), ("rollout.step", step_races(measured))):
         for name, race in races.items():
             for result in race:
                 yield row(measured, op, name, result, result.seconds, race[-1].median)
