@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -36,6 +36,9 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, field docstrings become `--help`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelConfig(Section):
@@ -487,7 +490,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), description: s
 
     Raises ConfigError that names file, key and problem; `--help` among the overrides prints every field and exits.
     """
-    default = RunConfig() if path is None else _read_toml(path)
+    default = RunConfig() if path is None else validated(RunConfig, read_toml(path), str(path))
     shown = StringIO()
     try:
         with redirect_stderr(shown):
@@ -497,7 +500,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), description: s
         if refused is None:  # an option that does not exist or does not parse, in tyro's own words
             sys.stderr.write(shown.getvalue())
             raise
-        raise ConfigError(_explain(refused, "command line")) from None
+        raise ConfigError(explain(refused, "command line")) from None
 
 
 def _refused_value(stop: BaseException) -> ValidationError | None:
@@ -508,18 +511,26 @@ def _refused_value(stop: BaseException) -> ValidationError | None:
     return cause
 
 
-def _read_toml(path: Path) -> RunConfig:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError when it is missing or not TOML."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        return RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def validated(kind: type[AnySection], settings: Mapping[str, Any], where: str) -> AnySection:
+    """A section from plain values. Raises ConfigError that names `where` (the file), every wrong key and its problem."""
+    try:
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from None
+        raise ConfigError(explain(error, where)) from None
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, where: str) -> str:
+    """One line for each wrong key: where, key, problem."""
     # tyro builds section by section: an error in one of them names its class and the key inside it.
     section = [name for name, field in RunConfig.model_fields.items() if getattr(field.annotation, "__name__", None) == error.title]
     lines = []

@@ -43,8 +43,13 @@ def create_run_folder(config: RunConfig, config_path: Path | None) -> RunFolder:
         path.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"{path} exists: choose another --name, or continue that run with --resume {path}") from None
-    atomic_write_text(path / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+    write_config(path, config)
     return RunFolder(path)
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Makes an existing folder a run's: `open_run_folder` finds the resolved config in it."""
+    atomic_write_text(path / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
 
 def open_run_folder(path: Path) -> tuple[RunFolder, RunConfig]:
