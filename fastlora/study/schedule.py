@@ -1,0 +1,211 @@
+"""Cells on Ray: a stage at a time, as many together as the resources allow, retried within a bound, finished ones never again.
+
+    waiting ─► running ─► finished            finished.json is there: kept for good
+                  │ worker died, unexpected error: back to waiting, at most max_retries times
+                  └─► failed                  named, with the end of its log, when every other cell of the stage is done
+
+Ray starts processes and counts CPUs and GPUs; what a cell is, whether it is done, how often it was tried is ours and lies in files. Ray's
+own retries are off, its workers serve one cell each (max_calls = 1: peak memory and thread counts are the cell's). On a cluster every
+machine must see the checkout and the output folder under the same path.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import fastlora
+from fastlora.atomic import atomic_write_text
+from fastlora.config import ConfigError
+from fastlora.errors import FastloraError
+from fastlora.interrupt import Interrupted, interruptible
+from fastlora.study.cells import Cell, add_names
+from fastlora.study.config import ResourcesConfig
+from fastlora.study.progress import Job, StageProgress
+from fastlora.study.worker import ATTEMPT_FILE, FINISHED_FILE, LOG_FILE, Outcome, run_cell
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CELLS_FOLDER, CELLS_FILE = "cells", "cells.json"
+
+POLL_SECONDS = 0.5
+"""Between two looks at cells, files and the keyboard."""
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Ray's smallest is 75 MiB; what goes through it are configs. Its default is a third of the memory."""
+
+TAIL_LINES = 15
+"""Of a failed cell's log, in the error."""
+
+
+class StudyError(FastloraError):
+    """Cells failed, or Ray is not there; the message names them and says how to go on."""
+
+
+class StudyStoppedError(FastloraError):
+    """Ctrl-C: running cells have saved themselves, finished ones are kept."""
+
+
+@contextmanager
+def ray_running(address: str | None) -> Iterator[ModuleType]:
+    """Ray, started on this machine (address None) or joined; as it is where it runs already. Ended on leaving, if started here."""
+    ray = _import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    local = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except ConnectionError as error:
+        raise StudyError(f"--ray-address {address}: no Ray answers there ({error}); start one with `ray start --head`") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _import_ray() -> ModuleType:
+    # Read when Ray is imported: it would report usage to its makers, and say what its next version changes.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # gpus = 0: CUDA_VISIBLE_DEVICES is empty, as resources.gpus says
+    try:
+        import ray
+    except ImportError:
+        raise StudyError(
+            "studies are scheduled by Ray, which is not installed: pip install 'ray>=2.60', or fastlora's extra `study`"
+        ) from None
+    return ray
+
+
+class Scheduler:
+    """Runs the cells of a study in OUT/cells/KEY/. One process at a time may do so (`locked`)."""
+
+    def __init__(self, ray: ModuleType, out: Path, resources: ResourcesConfig, max_retries: int, console: Console) -> None:
+        self._ray, self._out, self._resources, self._max_retries, self._console = ray, out, resources, max_retries, console
+        self._keys: dict[str, str] = {}
+        self._refuse_too_large()
+        self._submit = ray.remote(run_cell).options(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_calls=1,
+            max_retries=0,
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(resources.cpus)}},
+        )
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, Path]:
+        """Runs a stage; returns {cell name: folder}.
+
+        Raises ConfigError for a name that is taken; StudyError when cells failed, after all others have finished; StudyStoppedError
+        after Ctrl-C (or SIGTERM), when the running cells have saved themselves.
+        """
+        self._keys = add_names(cells, self._keys)
+        self._out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self._out / CELLS_FILE, json.dumps(self._keys, indent=2) + "\n")
+        folders = {cell.name: self._out / CELLS_FOLDER / self._keys[cell.name] for cell in cells}
+        jobs: dict[Path, Job] = {}
+        for cell in cells:
+            jobs.setdefault(folders[cell.name], Job(cell, folders[cell.name]))
+        for job in jobs.values():
+            job.state = "finished" if (job.folder / FINISHED_FILE).exists() else "waiting"
+        self._run_jobs([*jobs.values()])
+        if failed := [job for job in jobs.values() if job.state == "failed"]:
+            raise StudyError(self._what_failed(failed, len(jobs)))
+        return folders
+
+    def _run_jobs(self, jobs: list[Job]) -> None:
+        running: dict[Any, Job] = {}
+        with StageProgress(jobs, self._console) as progress:
+            try:
+                with interruptible() as check_interrupt:
+                    try:
+                        running |= {self._start(job): job for job in jobs if job.state == "waiting"}
+                        while running:
+                            self._settle(running, progress)
+                            check_interrupt()
+                    except Interrupted:
+                        self._stop(running, progress)
+            except KeyboardInterrupt:  # the second one
+                for submitted in running:
+                    self._ray.cancel(submitted, force=True)
+                raise StudyStoppedError("stopped at once; the steps since their last checkpoints are lost to the cells that ran") from None
+        if any(job.state == "stopped" for job in jobs):
+            done = sum(job.state == "finished" for job in jobs)
+            raise StudyStoppedError(f"stopped with {done} of {len(jobs)} cells of this stage finished; the others have saved themselves")
+
+    def _start(self, job: Job) -> Any:
+        """Submits an attempt; Ray's reference to its outcome."""
+        job.attempt += 1
+        job.state = "waiting"
+        (job.folder / ATTEMPT_FILE).unlink(missing_ok=True)  # the worker writes it when it starts: Ray's queue may be long
+        return self._submit.remote(job.cell, job.folder.absolute(), job.attempt, self._resources.cpus, Path.cwd())
+
+    def _settle(self, running: dict[Any, Job], progress: StageProgress, *, stopping: bool = False) -> None:
+        """Waits a moment for attempts to end; books those that did and starts failed ones again."""
+        done, _ = self._ray.wait([*running], num_returns=len(running), timeout=POLL_SECONDS)
+        for submitted in done:
+            job = running.pop(submitted)
+            outcome = self._outcome(submitted, stopping)
+            job.state, job.message = outcome.state, outcome.message
+            if outcome.retry and job.attempt <= self._max_retries and not stopping:
+                progress.note(f"{job.cell.name}: {outcome.message}; trying again ({job.attempt} of {self._max_retries} retries)")
+                running[self._start(job)] = job
+        progress.update()
+
+    def _outcome(self, submitted: Any, stopping: bool) -> Outcome:
+        errors = self._ray.exceptions
+        try:
+            outcome: Outcome = self._ray.get(submitted)
+            return outcome
+        except errors.TaskCancelledError:
+            return Outcome("stopped")
+        except errors.RayError as error:  # killed by a signal or for memory, os._exit, its machine gone
+            if stopping:
+                return Outcome("stopped")
+            return Outcome("failed", f"its worker died ({type(error).__name__}: {_first_line(error)})", retry=True)
+
+    def _stop(self, running: dict[Any, Job], progress: StageProgress) -> None:
+        """Asks every cell to stop, as Ctrl-C asks a run (fastlora/interrupt.py), and waits until they have."""
+        for submitted in running:
+            self._ray.cancel(submitted, force=False, recursive=False)
+        while running:
+            self._settle(running, progress, stopping=True)
+
+    def _refuse_too_large(self) -> None:
+        """A cell that fits nowhere would wait for ever."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for name, resource, wanted in (("cpus", "CPU", self._resources.cpus), ("gpus", "GPU", self._resources.gpus)):
+            largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+            if wanted > largest:
+                raise ConfigError(f"resources.{name} = {wanted:g}, and the largest machine has {largest:g}: no cell could ever start")
+
+    def _what_failed(self, failed: list[Job], total: int) -> str:
+        lines = [
+            f"{len(failed)} of {total} cells failed; the others are finished and kept. The command, given again, runs what is missing."
+        ]
+        for job in failed:
+            lines += ["", f"{job.cell.name}, attempt {job.attempt}: {job.message}", f"{job.folder / LOG_FILE} ends with:"]
+            lines += [f"  {line}" for line in _tail(job.folder / LOG_FILE)]
+        return "\n".join(lines)
+
+
+def _python_path() -> str:
+    """This checkout's fastlora and kernels before whatever the worker's machine has installed."""
+    root = Path(fastlora.__file__).parents[1]
+    return os.pathsep.join([str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _tail(path: Path) -> list[str]:
+    if not path.exists():
+        return ["(nothing: the worker died before it could write)"]
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]

@@ -1,0 +1,54 @@
+"""What a cell runs. A task writes its files into the cell's folder and returns; an exception is a failed attempt.
+
+To add one: write the function here (big imports inside it: the scheduler reads this file too) and name it in TASKS. One's own task needs
+no place here, a cell may name it as `path/to/file.py:function`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastlora.config import ConfigError, RunConfig
+from fastlora.plugins import load_function
+from fastlora.study.config import is_file_and_name
+
+Say = Callable[[str], None]
+"""Writes a line to the cell's log."""
+
+Task = Callable[[RunConfig, Path, Mapping[str, Any], Say], None]
+"""(config, folder, options, say): may find its own files of an attempt that died, and goes on from them or writes them anew."""
+
+
+def train(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """A run as `python train.py` does it; `folder` becomes a run folder. Goes on from the newest intact checkpoint, if there is one.
+
+    A run that misses eval.required_gain has finished like any other: what it learned is the study's question.
+    """
+    from rich.console import Console
+
+    from fastlora.metrics import write_environment
+    from fastlora.run_folder import CONFIG_FILE, write_config
+    from fastlora.session import resume_run
+
+    if options:
+        raise ConfigError(f"task 'train' has no options; the cell's config says all of it (got {', '.join(options)})")
+    if not (folder / CONFIG_FILE).exists():
+        write_environment(folder)
+        write_config(folder, config)  # last: it is what makes this a run
+    resume_run(folder, Console(force_terminal=False, width=140), allow_previous=True)
+
+
+TASKS: dict[str, Task] = {
+    "train": train,
+}
+
+
+def load_task(name: str) -> Task:
+    """The task of this name. Raises ConfigError for an unknown one."""
+    if is_file_and_name(name):
+        return load_function(name, "task")
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} is unknown; known are {', '.join(TASKS)}; one's own is written path/to/file.py:function")
+    return TASKS[name]
