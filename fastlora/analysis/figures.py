@@ -22,6 +22,7 @@ from fastlora.metrics import layer_of
 from fastlora.progress import STAGES
 from fastlora.statistics import proportion_interval
 
+
 @dataclass(frozen=True, slots=True)
 class Panel:
     """One small plot of some metrics against the step."""

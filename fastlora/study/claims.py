@@ -167,8 +167,8 @@ def accuracy_claim(text: str, decision: Decision, sample: Sample, *, source: str
 
 def conclusions(claims: Sequence[Claim]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a reader may conclude (the decided claims, each with its verdict), and what not (the undecided ones, with their numbers)."""
-    may = tuple(f"{claim.text}: {claim.verdict} ({claim.measured})" for claim in claims if claim.verdict != "undecided")
-    may_not = tuple(f"{claim.text}: undecided ({claim.measured})" for claim in claims if claim.verdict == "undecided")
+    may = tuple(f"{claim.verdict.capitalize()}: {claim.text} ({claim.measured})" for claim in claims if claim.verdict != "undecided")
+    may_not = tuple(f"Undecided: {claim.text} ({claim.measured})" for claim in claims if claim.verdict == "undecided")
     return may, may_not
 
 
