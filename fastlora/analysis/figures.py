@@ -1,13 +1,7 @@
-"""The figures of a run's report, each an SVG string to stand inside a page.
-
-Colours are the page's: matplotlib draws with the placeholder colours of `THEME`, which become CSS variables in the SVG, so one
-figure serves light and dark pages. Text stays text, in the page's font.
-"""
+"""The figures of a run's report, each an SVG string to stand inside a page."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -18,35 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from fastlora.analysis.gradient_profile import LayerNorms, layer_norms
 from fastlora.analysis.run_reader import Run
+from fastlora.analysis.theme import SERIES, THEME, WIDTH, legend_above, styled, svg_element, ticks
 from fastlora.metrics import layer_of
 from fastlora.progress import STAGES
 from fastlora.statistics import proportion_interval
-
-THEME = {
-    "ink": "#01fe01", "muted": "#01fe02", "grid": "#01fe03", "page": "#01fe04",
-    "series-1": "#01fe11", "series-2": "#01fe12", "series-3": "#01fe13", "series-4": "#01fe14",
-}  # fmt: skip
-"""CSS variable -> placeholder colour, one that no colour map produces."""
-
-SERIES = tuple(THEME[f"series-{i}"] for i in (1, 2, 3, 4))
-
-WIDTH = 10.5
-"""Inches; 9-point type then shows at 12–13 pixels in the page's column."""
-
-STYLE = {
-    "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "text.color": THEME["ink"], "axes.labelcolor": THEME["muted"], "axes.edgecolor": THEME["muted"],
-    "xtick.color": THEME["muted"], "ytick.color": THEME["muted"], "axes.titlecolor": THEME["ink"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": THEME["grid"], "grid.linewidth": 0.7, "lines.linewidth": 1.6,
-    "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False, "legend.fontsize": 8.5,
-    "savefig.facecolor": "none", "image.cmap": "viridis",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +75,7 @@ def _as_svg(draw: Callable[[Run], Figure]) -> Callable[[Run], str]:
 
     @wraps(draw)
     def drawn(run: Run) -> str:
-        # Element ids come from this salt: the same in every run, different in every figure of a page.
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
-            text = io.StringIO()
-            draw(run).savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        # Names of groups (figure_1, matplotlib.axis_1) repeat in every figure and nothing refers to them.
-        svg = re.sub(r'<g id="[^"]+">', "<g>", text.getvalue())
-        for name, placeholder in THEME.items():
-            svg = svg.replace(placeholder, f"var(--{name})")
-        return svg[svg.index("<svg") :]
+        return svg_element(styled(draw)(run), salt=draw.__name__)
 
     return drawn
 
@@ -129,7 +95,7 @@ def accuracy_intervals(run: Run) -> Figure:
     ax.set_yticks((1, 0), ("before", "after"))
     ax.set(ylim=(-0.6, 1.6), xlabel=f"greedy accuracy, {len(run.eval_after)} problems")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.xaxis.set_major_locator(_ticks(6))
+    ax.xaxis.set_major_locator(ticks(6))
     ax.grid(axis="y", visible=False)
     return figure
 
@@ -144,7 +110,7 @@ def learning_curves(run: Run) -> Figure:
         _draw_reward(axes[0], run.metrics)
     _draw_accuracy(axes[-1], run)
     axes[-1].set_xlabel("step (generation batches)")
-    axes[-1].xaxis.set_major_locator(_ticks(10))
+    axes[-1].xaxis.set_major_locator(ticks(10))
     return figure
 
 
@@ -153,7 +119,7 @@ def _draw_reward(ax: Axes, metrics: Mapping[str, NDArray[np.float64]]) -> None:
     ax.fill_between(step, mean - spread, mean + spread, color=SERIES[0], alpha=0.15, linewidth=0, label="± 1 standard deviation")
     ax.plot(step, mean, color=SERIES[0], label="mean")
     ax.set(title="Reward of the sampled completions", ylabel="reward")
-    _legend_above(ax, 2)
+    legend_above(ax, 2)
 
 
 def _draw_accuracy(ax: Axes, run: Run) -> None:
@@ -172,7 +138,7 @@ def _draw_accuracy(ax: Axes, run: Run) -> None:
     _error_bars(ax, ends, SERIES[0], f"before and after, all {len(run.eval_after)} problems", 7)
     ax.set(title="Held-out greedy accuracy", ylabel="accuracy")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _legend_above(ax, 2)
+    legend_above(ax, 2)
 
 
 def _error_bars(ax: Axes, points: Sequence[tuple[float, float, tuple[float, float]]], color: str, label: str, size: float) -> None:
@@ -195,10 +161,10 @@ def metric_panels(run: Run) -> Figure:
             label = name.rpartition("/")[2].removesuffix("_mean")
             ax.plot(run.metrics["step"], run.metrics[name] * panel.scale, color=color, linewidth=1.3, label=label)
         ax.set(title=panel.title, ylabel=panel.unit)
-        ax.yaxis.set_major_locator(_ticks(4))
-        ax.xaxis.set_major_locator(_ticks(5))
+        ax.yaxis.set_major_locator(ticks(4))
+        ax.xaxis.set_major_locator(ticks(5))
         if len(panel.names) > 1:
-            _legend_above(ax, len(panel.names))
+            legend_above(ax, len(panel.names))
     for ax in axes[max(0, len(panels) - columns) : len(panels)]:
         ax.set_xlabel("step")
         ax.tick_params(labelbottom=True)
@@ -248,7 +214,7 @@ def mismatch(run: Run) -> Figure:
     """|sampler − trainer| of the log-probabilities on a logarithmic scale, beside the KL divergence; zeros are left out of the former."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     sizes, kl = figure.subplots(1, 2, width_ratios=(2, 1))
-    for (name, label), color in zip(MISMATCH.items(), SERIES, strict=True):
+    for (name, label), color in zip(MISMATCH.items(), SERIES[: len(MISMATCH)], strict=True):
         values = run.metrics[name]
         sizes.plot(run.metrics["step"], np.where(values > 0, values, np.nan), color=color, marker=".", markersize=3, label=label)
     sizes.set(title="|sampler − trainer|", ylabel="nats / token", yscale="log")
@@ -256,8 +222,8 @@ def mismatch(run: Run) -> Figure:
     kl.set(title="KL(sampler ‖ trainer)", ylabel="nats / token")
     for ax in (sizes, kl):
         ax.set_xlabel("step")
-        ax.xaxis.set_major_locator(_ticks(6))
-    _legend_above(sizes, 4)
+        ax.xaxis.set_major_locator(ticks(6))
+    legend_above(sizes, 4)
     return figure
 
 
@@ -296,7 +262,7 @@ def gradient_heat_maps(run: Run) -> Figure:
         positive = np.concatenate([norms.norms_ls[norms.norms_ls > 0] for norms in maps.values()])
         colors = LogNorm(positive.min(), positive.max())
         for ax, (matrix, norms) in zip(axes[:, column], maps.items(), strict=True):
-            image = _draw_heat_map(ax, norms, colors)
+            image = draw_heat_map(ax, norms, colors)
             ax.set_title(f"d{matrix}, {symbol}")
         bar = figure.colorbar(image, ax=axes[:, column], location="bottom", shrink=0.9, aspect=45, pad=0.02)
         bar.set_label(f"{symbol} of a layer's gradient, log scale")
@@ -310,13 +276,13 @@ def gradient_heat_maps(run: Run) -> Figure:
     return figure
 
 
-def _draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.image.AxesImage:
+def draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.image.AxesImage:
     """Steps to the right, layer 0 at the bottom; a zero or non-finite gradient is left blank."""
     values = np.ma.masked_invalid(np.where(norms.norms_ls > 0, norms.norms_ls, np.nan))
     step, layer = norms.steps, norms.layers
     ax.grid(visible=False)
-    ax.xaxis.set_major_locator(_ticks(8))
-    ax.yaxis.set_major_locator(_ticks(8))
+    ax.xaxis.set_major_locator(ticks(8))
+    ax.yaxis.set_major_locator(ticks(8))
     extent = (step[0] - 0.5, step[-1] + 0.5, layer[0] - 0.5, layer[-1] + 0.5)
     return ax.imshow(values, norm=colors, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
 
@@ -335,10 +301,10 @@ def gradient_shares(run: Run) -> Figure:
     ax.axhline(1 / len(norms.layers), color=THEME["muted"], linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
     ax.set(title="Share per layer, mean over steps", xlabel="layer", ylabel="share of Σ norm")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.xaxis.set_major_locator(_ticks(30))
+    ax.xaxis.set_major_locator(ticks(30))
     ax.margins(x=0.01)
     ax.grid(axis="x", visible=False)
-    _legend_above(ax, 3)
+    legend_above(ax, 3)
     return figure
 
 
@@ -355,17 +321,7 @@ def time_split(run: Run) -> Figure:
         ax.stairs(top, edges, baseline=base, fill=True, color=color, alpha=0.85, linewidth=0, label=stage)
         base = top
     ax.set(title="Wall-clock time per step", xlabel="step", ylabel="seconds", xlim=(edges[0], edges[-1]), ylim=(0, None))
-    ax.xaxis.set_major_locator(_ticks(10))
+    ax.xaxis.set_major_locator(ticks(10))
     ax.grid(axis="x", visible=False)
-    _legend_above(ax, 4)
+    legend_above(ax, 4)
     return figure
-
-
-def _legend_above(ax: Axes, columns: int) -> None:
-    """A legend in one line, right of the title."""
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.1, handlelength=1.2, columnspacing=1.0)
-
-
-def _ticks(most: int) -> MaxNLocator:
-    """At most `most` intervals, at round numbers."""
-    return MaxNLocator(most, steps=[1, 2, 5, 10])
