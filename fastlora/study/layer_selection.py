@@ -1,0 +1,228 @@
+"""S2: adapters on the layers that a short probe of gradients chose, against every other way to choose as many (Aletheia, arXiv 2604.15351).
+
+Stage 1, one cell a seed: the probe (fastlora/probe.py) scores the layers of the untouched model.
+Stage 2: for every objective, selection and seed a run with adapters on the chosen layers; `all` has them on every layer.
+Stage 3, if `second_task` is given: the base model and every adapter answer the problems of another task: what was forgotten.
+
+Time is that of the update (loss, backward, clip, step): a selection saves adapters, and the backward pass below its lowest layer. How near
+that comes to the FLOPs is measured by `python -m bench.layer_selection`, alone on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.config import ConfigError, RunConfig
+from fastlora.evaluate import Evaluation
+from fastlora.lora.peft_format import anchored
+from fastlora.probe import PROBE_FILE, read_probe
+from fastlora.run_folder import RunFolder
+from fastlora.selection import layer_count, read_layer_scores, select_layers, selected_rank_pattern
+from fastlora.statistics import correlation, paired_test
+from fastlora.study.cells import Cell
+from fastlora.study.claims import Claim, above, by_interval, conclusions, within
+from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.config import StudyConfig
+from fastlora.study.pictures import Estimate, against, intervals
+from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.resampling import over_steps
+from fastlora.study.results import by_strategy
+from fastlora.study.setting import adapted_modules, setting
+from fastlora.study.studies import Plan
+from fastlora.study.tasks import EVALUATION_FILE
+
+SOURCE = "arXiv 2604.15351"
+ALL, TOP, RANDOM = "all", "top", "random"
+LEAST_SAVED = 0.15
+"""Published are 15 to 28 % less training time, 23.1 % on average."""
+MARGIN = 0.03
+"""Three points of accuracy: a smaller gap counts as matched."""
+STABLE = 0.8
+PROBE_SEED = 42
+
+
+class LayerSelection:
+    """The study; see the module."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.own = config, config.layer_selection
+        self.modules = adapted_modules(config.base_run())
+
+    def plan(self) -> Plan:
+        """Probes, runs, and what they forgot."""
+        options = {"batches": self.own.batches, "batch_size": self.own.batch_size}
+        folders = yield [
+            Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed}) for seed in self.config.seeds
+        ]
+        cells = [
+            Cell(named(selection, objective, seed), self._run(self._chosen(selection, folders[f"probe/seed-{seed}"], seed), objective, seed))
+            for objective in self.own.objectives
+            for selection in self.own.selections
+            for seed in self.config.seeds
+        ]
+        trained = yield cells
+        if self.own.second_task:
+            yield [Cell("second task/base", self._second(None)), *(self._forgetting(cell, trained[cell.name]) for cell in cells)]
+
+    def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
+        """`lora.rank_pattern` of a selection."""
+        scores_l = read_layer_scores(probe / PROBE_FILE, self.modules)
+        count = layer_count(self.own.count, scores_l, self.own.fraction)
+        layers = range(len(scores_l)) if selection == ALL else select_layers(selection, scores_l, count, seed)
+        return selected_rank_pattern(layers, self.modules, attention_rank=self.own.attention_rank, mlp_rank=self.own.mlp_rank)
+
+    def _run(self, ranks: Mapping[str, int], objective: str, seed: int) -> RunConfig:
+        lora = {"r": 0, "rank_pattern": dict(ranks)} if ranks else {"rank_pattern": {}}
+        return self.config.run_config({"seed": seed, "objective": objective, "lora": lora}, f"{objective}, seed {seed}")
+
+    def _second(self, adapter: Path | None) -> RunConfig:
+        return self.config.run_config({"data": self.own.second_task, "lora.init_from": adapter}, "layer_selection.second_task")
+
+    def _forgetting(self, cell: Cell, folder: Path) -> Cell:
+        return Cell(f"second task/{cell.name}", self._second(RunFolder(folder).adapter), "evaluate")
+
+    def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
+        """Tables, figures and verdicts of all cells."""
+        probes = {name: folder for name, folder in folders.items() if name.startswith("probe/")}
+        second = {name.removeprefix("second task/"): folder for name, folder in folders.items() if name.startswith("second task/")}
+        trained = {name: folder for name, folder in folders.items() if name not in probes and not name.startswith("second task/")}
+        cells = by_strategy(trained)
+        found = gaps(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
+        times = {name: self._time_ratio(cells, name) for name in cells if not name.startswith(f"{ALL}-")} if self._has_all else {}
+        claims = tuple(self._claims(probes, times)) + tuple(
+            gap_claim(
+                f"{gap.second} is as accurate as {gap.first}, to {100 * MARGIN:g} points"
+                if gap.first.startswith(ALL)
+                else f"{gap.second} is more accurate than {gap.first}",
+                gap,
+                within(-MARGIN, MARGIN) if gap.first.startswith(ALL) else above(0.0),
+                self.config.thresholds,
+                source=SOURCE if gap.first.startswith(ALL) else "control, not published",
+                published="broadly matched" if gap.first.startswith(ALL) else "not run",
+            )
+            for gap in found
+        )
+        may, may_not = conclusions(claims)
+        tables = [accuracy_table(cells, {}), self._selection_table(cells, times), self._probe_table(probes)]
+        tables += [gaps_table(found)] if found else []
+        tables += [_forgetting_table(second)] if second else []
+        return StudyReport(
+            "Layers chosen by gradient",
+            "layer-selection",
+            may or ("Nothing: no claim is decided.",),
+            (*may_not, "Anything about larger models or MMLU, GSM8K and HumanEval: those are the published scale's"),
+            claims,
+            tuple(tables),
+            self._pictures(cells, probes, times),
+            setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
+        )
+
+    @property
+    def _has_all(self) -> bool:
+        return ALL in self.own.selections
+
+    def _pairs(self, objective: str) -> Iterator[tuple[str, str]]:
+        """(against, selection): the chosen layers against all of them, and against each control."""
+        if TOP not in self.own.selections:
+            return
+        for other in self.own.selections:
+            if other != TOP:
+                yield f"{other}-{objective}", f"{TOP}-{objective}"
+
+    def _time_ratio(self, cells: Cells, name: str) -> Estimate:
+        """Seconds of an update over those of `all`: ratio of medians over the steps, first seed."""
+        objective = name.rpartition("-")[2]
+        seed = self.config.seeds[0]
+        own, everything = (cells[one][seed].column("seconds/update") for one in (name, f"{ALL}-{objective}"))
+
+        def ratio(steps: NDArray[np.int64]) -> float:
+            return float(np.median(own[steps]) / np.median(everything[steps]))
+
+        return over_steps(ratio, min(len(own), len(everything)))
+
+    def _claims(self, probes: Mapping[str, Path], times: Mapping[str, Estimate]) -> Iterator[Claim]:
+        for objective in self.own.objectives:
+            if (ratio := times.get(f"{TOP}-{objective}")) is not None:
+                saved = (1 - ratio.high, 1 - ratio.low)
+                what = f"1 − update seconds of {TOP} over {ALL}, {objective} (blocks of steps resampled)"
+                yield by_interval(1 - ratio.value, saved, above(LEAST_SAVED), what).claim(
+                    f"Adapters on the layers that the probe chose train at least {LEAST_SAVED:.0%} faster ({objective})",
+                    source=SOURCE,
+                    published="15–28 %, mean 23.1 %",
+                )
+        scores = [list(read_probe(folder / PROBE_FILE).layers.values()) for folder in probes.values()]
+        if len(scores) > 1:
+            stable = correlation(scores[0], scores[1], method="spearman")
+            what = "rank correlation of the layers' scores from two sets of probe batches"
+            yield by_interval(stable.value, (stable.low, stable.high), above(STABLE), what).claim(
+                "Five probe batches suffice to order the layers", source=SOURCE, published="5 batches of 1, no interval"
+            )
+
+    def _selection_table(self, cells: Cells, times: Mapping[str, Estimate]) -> Table:
+        rows = []
+        for name, by_seed in cells.items():
+            cell = by_seed[self.config.seeds[0]]
+            layers = sorted({int(module.split(".layers.")[1].split(".")[0]) for module in cell.ranks})
+            ratio = times.get(name)
+            seconds = float(np.median(cell.column("seconds/update")))
+            shown = ", ".join(map(str, layers))
+            limits = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
+            rows.append((name, shown, min(layers), cell.run.summary.trainable_parameters, seconds, *limits))
+        return Table(
+            "selections",
+            "What was chosen, and what an update costs",
+            ("cell", "layers", "lowest", "parameters", "update s", "× all", "low", "high"),
+            tuple(rows),
+            f"Seed {self.config.seeds[0]}. The backward pass ends at the lowest adapted layer: a choice with layer 0 in it saves adapters only.",
+        )
+
+    def _probe_table(self, probes: Mapping[str, Path]) -> Table:
+        found = [read_probe(folder / PROBE_FILE) for folder in probes.values()]
+        rows = tuple((layer, *(one.layers[layer] for one in found)) for layer in found[0].layers)
+        cost = "; ".join(f"{one.seconds:.1f} s, peak {one.peak_bytes / 2**30:.2f} GiB" for one in found)
+        return Table("probe", "Scores of the layers", ("layer", *(name.partition("/")[2] for name in probes)), rows, f"The probes took {cost}.")
+
+    def _pictures(self, cells: Cells, probes: Mapping[str, Path], times: Mapping[str, Estimate]) -> tuple[Picture, ...]:
+        scores = {
+            name.partition("/")[2]: {float(layer): Estimate(s, s, s) for layer, s in read_probe(folder / PROBE_FILE).layers.items()}
+            for name, folder in probes.items()
+        }
+        pictures = [
+            Picture("probe-scores", "Scores of the layers", against(scores, "layer", "Σ ‖∂L/∂θ‖", percent=False), "One curve a set of batches."),
+            Picture(
+                "accuracy-by-selection",
+                "Accuracy",
+                intervals({name: accuracy(by_seed) for name, by_seed in cells.items()}, "accuracy on held-out problems"),
+                "95 % intervals.",
+            ),
+        ]
+        if times:
+            shown = intervals(times, "update seconds over those of all layers", reference=1.0)
+            pictures.append(Picture("update-time", "Time of an update", shown, "Blocks of steps resampled, first seed."))
+        return tuple(pictures)
+
+
+def named(selection: str, objective: str, seed: int) -> str:
+    """A cell's name."""
+    return f"{selection}-{objective}/seed-{seed}"
+
+
+def _forgetting_table(second: Mapping[str, Path]) -> Table:
+    """Every adapter's answers to the second task against the base model's."""
+    answers = {name: Evaluation.read(folder / EVALUATION_FILE) for name, folder in second.items()}
+    base = answers.pop("base")
+    rows = []
+    for name, one in answers.items():
+        test = paired_test(base.correct, one.correct)
+        rows.append((name, base.accuracy.value, one.accuracy.value, test.difference, test.low, test.high, test.p_value))
+    return Table(
+        "forgetting",
+        "A second task, before and after",
+        ("cell", "base model", "with the adapter", "change", "low", "high", "McNemar's p"),
+        tuple(rows),
+        f"{base.accuracy.n} problems of a task that was not trained; Newcombe's interval, p not corrected.",
+    )

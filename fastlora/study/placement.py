@@ -1,0 +1,361 @@
+"""S3: which k entries of B train, with A frozen at random, under SFT and under GRPO (arXiv 2605.12207).
+
+Stage 1, one cell an objective and seed: at least 16 batches of the untouched model are scored (fastlora/scoring.py).
+Stage 2: masks of exactly k entries from these sums, by every score, k and scope, and a run with each; beside them, per objective and seed,
+`all-B` (A frozen, every entry of B trains) and `lora` (A and B).
+
+A is the same in all cells (lora.init_seed = 0): an entry of B means something only beside its A, and masks of different seeds can be laid
+over each other. Seeds change data and sampling. Masks are written beside the sums that they are made of, and are files that any run's
+config may name (lora.b_mask).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import hypergeom
+from torch import Tensor
+
+from fastlora.config import RunConfig
+from fastlora.lora.peft_format import load_b_mask, save_b_mask
+from fastlora.placement import overlap, projection_shares, scores, top_k_mask
+from fastlora.scoring import SCORES_FILE, STRUCTURE_FILE, SUMS, read_sums
+from fastlora.statistics import holm
+from fastlora.study.cells import Cell
+from fastlora.study.claims import Claim, above, below, by_interval, by_p_value, by_property, conclusions, within
+from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.config import StudyConfig
+from fastlora.study.pictures import Estimate, against, curves, CurvePanel, intervals, stacked_shares
+from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.resampling import leave_one_out
+from fastlora.study.results import by_strategy
+from fastlora.study.setting import setting
+from fastlora.study.studies import Plan
+
+SOURCE = "arXiv 2605.12207"
+A_SEED = 0
+RANDOM = "random"
+MAGNITUDE_ROW = SUMS.index("|g|")
+VALUE_PATH = ("v_proj", "o_proj", "down_proj")
+"""Where the chosen entries are said to concentrate."""
+ORTHOGONAL = 0.2
+"""Mean cosine of consecutive gradients below which they are called nearly orthogonal."""
+PUBLISHED_STEPS, MOST_SHARE = 3200, 0.005
+"""Scoring is said to cost less than .5 % of the training; with 16 batches that needs some 3,200 steps."""
+MARGIN = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """structure.json of one scoring cell."""
+
+    objective: str
+    seed: int
+    gram_bb: NDArray[np.float64]
+    seconds: float
+    batches: int
+    silent: int
+
+    def cosine(self, batches: NDArray[np.int64]) -> float:
+        """Mean over consecutive pairs of these batches."""
+        gram = self.gram_bb[np.ix_(batches, batches)]
+        norms = np.sqrt(gram.diagonal())
+        return float((np.diagonal(gram, 1) / (norms[1:] * norms[:-1])).mean())
+
+    def stable_rank(self, batches: NDArray[np.int64]) -> float:
+        """‖G‖_F² / ‖G‖₂² of these batches' gradients, each scaled to length 1: a single long one would count as rank 1."""
+        return float(len(batches) / self._unit_eigenvalues(batches).max())
+
+    def effective_rank(self, batches: NDArray[np.int64]) -> float:
+        """exp(entropy of the normalised singular values), of the same (Roy & Vetterli 2007)."""
+        singular = np.sqrt(self._unit_eigenvalues(batches).clip(min=1e-12))
+        share = singular / singular.sum()
+        return float(np.exp(-(share * np.log(share)).sum()))
+
+    def _unit_eigenvalues(self, batches: NDArray[np.int64]) -> NDArray[np.float64]:
+        gram = self.gram_bb[np.ix_(batches, batches)]
+        norms = np.sqrt(gram.diagonal())
+        return np.linalg.eigvalsh(gram / np.outer(norms, norms))
+
+
+class Placement:
+    """The study; see the module."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.own = config, config.placement
+
+    def plan(self) -> Plan:
+        """Scoring, then the runs under the masks that come of it."""
+        folders = yield [
+            Cell(f"scores/{objective}/seed-{seed}", self._run(objective, seed, {}), "score", {"batches": self.own.batches})
+            for objective in self.own.objectives
+            for seed in self.config.seeds
+        ]
+        cells = []
+        for objective in self.own.objectives:
+            for seed in self.config.seeds:
+                for name, mask in self._masks(folders[f"scores/{objective}/seed-{seed}"], seed):
+                    cells.append(Cell(f"{name}-{objective}/seed-{seed}", self._run(objective, seed, {"freeze_a": True, "b_mask": mask})))
+                cells.append(Cell(f"all-B-{objective}/seed-{seed}", self._run(objective, seed, {"freeze_a": True})))
+                cells.append(Cell(f"lora-{objective}/seed-{seed}", self._run(objective, seed, {})))
+        yield cells
+
+    def _run(self, objective: str, seed: int, lora: Mapping[str, Any]) -> RunConfig:
+        return self.config.run_config({"seed": seed, "objective": objective, "lora": {"init_seed": A_SEED, **lora}}, f"{objective}, seed {seed}")
+
+    def _masks(self, folder: Path, seed: int) -> Iterator[tuple[str, Path]]:
+        """(name of score, k and scope; file) of every mask, written unless it is there."""
+        path = folder / SCORES_FILE
+        sums: dict[str, Tensor] = {}
+        for kind in self.own.scores:
+            for scope in self.own.scopes:
+                for k in self.own.k:
+                    name = _mask_name(kind, scope, k)
+                    file = folder / "masks" / f"{name}.safetensors"
+                    if not file.exists():
+                        sums = sums or read_sums(path)[0]
+                        score = scores(sums, self.own.batches, kind, seed=seed)
+                        magnitude = {module: sums_4nr[MAGNITUDE_ROW] for module, sums_4nr in sums.items()}
+                        file.parent.mkdir(exist_ok=True)
+                        save_b_mask(file, top_k_mask(score, magnitude, k, scope=scope, seed=seed), {"score": kind, "scope": scope})
+                    yield name, file
+
+    def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
+        """Tables, figures and verdicts of all cells."""
+        scoring = {name: folder for name, folder in folders.items() if name.startswith("scores/")}
+        cells = by_strategy({name: folder for name, folder in folders.items() if name not in scoring})
+        structures = [_structured(name, folder) for name, folder in scoring.items()]
+        masks = {
+            f"{name}-{objective}/seed-{seed}": load_b_mask(file)
+            for objective in self.own.objectives
+            for seed in self.config.seeds
+            for name, file in self._masks(scoring[f"scores/{objective}/seed-{seed}"], seed)
+        }
+        found = gaps(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
+        claims = (*self._mechanism_claims(cells, structures, masks), *(self._accuracy_claim(gap) for gap in found))
+        may, may_not = conclusions(claims)
+        tables = [accuracy_table(cells, {}), _structure_table(structures), self._projection_table(masks), self._cost_table(cells)]
+        tables += [gaps_table(found)] if found else []
+        tables += [table] if (table := _overlap_table(masks)).rows else []
+        return StudyReport(
+            "Placement of k trainable entries in B",
+            "placement",
+            may or ("Nothing: no claim is decided.",),
+            (*may_not, "That the paper's own score behaves like these: it is not public, and a family stands in for it"),
+            claims,
+            tuple(tables),
+            self._pictures(cells, structures, masks),
+            setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
+        )
+
+    def _pairs(self, objective: str) -> Iterator[tuple[str, str]]:
+        """(random, informed) at the same k and scope, and (lora, informed)."""
+        for kind in self.own.scores:
+            for scope in self.own.scopes:
+                for k in self.own.k:
+                    informed = f"{_mask_name(kind, scope, k)}-{objective}"
+                    if kind != RANDOM and RANDOM in self.own.scores:
+                        yield f"{_mask_name(RANDOM, scope, k)}-{objective}", informed
+                    yield f"lora-{objective}", informed
+
+    def _accuracy_claim(self, gap: Any) -> Claim:
+        objective = gap.second.rpartition("-")[2]
+        settings = {"thresholds": self.config.thresholds, "source": SOURCE}
+        if gap.first.startswith("lora"):
+            text, published = f"{gap.second} recovers LoRA, to {100 * MARGIN:g} points", "recovered if informed"
+            return gap_claim(text, gap, above(-MARGIN), published=published, **settings)
+        if objective == "sft":
+            text, published = f"Under SFT {gap.second} is no better than random", "random ≈ informed"
+            return gap_claim(text, gap, within(-MARGIN, MARGIN), published=published, **settings)
+        text, published = f"Under GRPO {gap.second} is better than random", "random stays at the base model"
+        return gap_claim(text, gap, above(0.0), published=published, **settings)
+
+    def _mechanism_claims(self, cells: Cells, structures: list[Structured], masks: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Claim]:
+        exact = {name: sum(int(mask.sum()) for mask in one.values()) == _k_of(name) for name, one in masks.items()}
+        yield by_property(exact, "a mask has exactly k entries").claim("Masks hold exactly k entries", source=SOURCE, published="exactly k")
+        first = {one.objective: one for one in structures if one.seed == self.config.seeds[0]}
+        if "grpo" in first:
+            grpo = first["grpo"]
+            cosine = leave_one_out(grpo.cosine, grpo.batches)
+            what = "mean cosine of consecutive GRPO gradients (jackknife over batches)"
+            yield by_interval(cosine.value, (cosine.low, cosine.high), below(ORTHOGONAL), what).claim(
+                "GRPO gradients are nearly orthogonal from step to step", source=f"{SOURCE}, figure 3", published="near 0"
+            )
+        if {"grpo", "sft"} <= first.keys():
+            for text, name in (
+                ("SFT gradients keep their direction more than GRPO's", "cosine"),
+                ("GRPO gradients span more directions than SFT's", "stable_rank"),
+            ):
+                yield _contrast(text, name, first["sft"], first["grpo"])
+        yield from self._concentration_claims(masks)
+        yield from self._cost_claims(cells, structures)
+
+    def _concentration_claims(self, masks: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Claim]:
+        """Chosen entries on V, O and down against a random choice of as many, GRPO."""
+        tested = {name: _concentration(mask) for name, mask in masks.items() if "-grpo/" in name and not name.startswith(RANDOM)}
+        if not tested:
+            return
+        adjusted = holm([p for *_, p in tested.values()]).adjusted
+        for (name, (chosen, chance, _)), p in zip(tested.items(), adjusted, strict=True):
+            decision = by_p_value(
+                chosen - chance, p, "higher", "share of V, O and down minus their share of entries", test_name="exact hypergeometric test, Holm"
+            )
+            yield decision.claim(f"{name}: the chosen entries concentrate on V, O and down", source=f"{SOURCE}, figure 5", published="concentrated")
+
+    def _cost_claims(self, cells: Cells, structures: list[Structured]) -> Iterator[Claim]:
+        for one in structures:
+            steps = [float(np.sum(list(cell.seconds.values()))) / cell.run.summary.steps for cell in cells[f"lora-{one.objective}"].values()]
+            share = one.seconds / (PUBLISHED_STEPS * float(np.mean(steps)))
+            here = one.seconds / (self.config.base_run().trainer.steps * float(np.mean(steps)))
+            held = {f"{share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of the steps here": share < MOST_SHARE}
+            yield by_property(held, f"scoring seconds below {MOST_SHARE:.1%} of {PUBLISHED_STEPS:,} steps").claim(
+                f"Scoring is cheap ({one.objective}, seed {one.seed}: {one.seconds:.0f} s, {share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of this study's)",
+                source=SOURCE,
+                published="< 10 s, < .5 %",
+            )
+
+    def _projection_table(self, masks: Mapping[str, Mapping[str, Tensor]]) -> Table:
+        kinds = tuple(projection_shares(next(iter(masks.values()))))
+        rows = []
+        for name, mask in masks.items():
+            shares = projection_shares(mask)
+            rows.append((name, _k_of(name), *(shares[kind].share_of_chosen for kind in kinds)))
+        entries = projection_shares(next(iter(masks.values())))
+        rows.append(("all entries", sum(one.entries for one in entries.values()), *(entries[kind].share_of_entries for kind in kinds)))
+        return Table("projections", "Where the chosen entries are", ("mask", "k", *kinds), tuple(rows), "Last row: by chance.")
+
+    def _cost_table(self, cells: Cells) -> Table:
+        rows = []
+        for name, by_seed in cells.items():
+            for seed, cell in by_seed.items():
+                summary = cell.run.summary
+                update = float(np.median(cell.column("seconds/update")))
+                rows.append((name, seed, summary.trainable_parameters, 8 * summary.trainable_parameters / 2**20, update, summary.peak_memory_bytes / 2**30))
+        return Table(
+            "cost",
+            "What k entries cost",
+            ("cell", "seed", "entries that train", "optimizer state MiB", "update s", "peak GiB"),
+            tuple(rows),
+            "Two float32 moments an entry that trains.",
+        )
+
+    def _pictures(self, cells: Cells, structures: list[Structured], masks: Mapping[str, Mapping[str, Tensor]]) -> tuple[Picture, ...]:
+        first = self.config.seeds[0]
+        shares = {
+            name.partition("/")[0]: {kind: one.share_of_chosen for kind, one in projection_shares(mask).items()}
+            for name, mask in masks.items()
+            if name.endswith(f"/seed-{first}") and f"-{self.own.scopes[0]}-{self.own.k[-1]}-" in name
+        }
+        length = min(one.batches for one in structures) - 1
+        cosines = {
+            objective: np.array([_consecutive(one)[:length] for one in structures if one.objective == objective]) for objective in self.own.objectives
+        }
+        panel = CurvePanel("", "cosine", np.arange(1, length + 1), cosines, references={"orthogonal": 0.0})
+        return (
+            Picture("projections-chosen", "Where the chosen entries are", stacked_shares(shares, "share of the chosen entries"), f"Seed {first}."),
+            Picture("cosines", "Cosine of consecutive gradients", curves([panel]), "Of the scoring batches; mean of the seeds, and their range."),
+            Picture("accuracy-by-k", "Accuracy against k", self._accuracy_by_k(cells), "95 % intervals; scope " + self.own.scopes[0] + "."),
+            Picture(
+                "accuracy-by-cell",
+                "Accuracy",
+                intervals({name: accuracy(by_seed) for name, by_seed in cells.items()}, "accuracy on held-out problems"),
+                "95 % intervals.",
+            ),
+        )
+
+    def _accuracy_by_k(self, cells: Cells) -> Any:
+        series = {
+            f"{kind}, {objective}": {
+                float(k): accuracy(cells[f"{_mask_name(kind, self.own.scopes[0], k)}-{objective}"]) for k in self.own.k
+            }
+            for objective in self.own.objectives
+            for kind in self.own.scores
+        }
+        return against(series, "k, entries that train", "accuracy on held-out problems")
+
+
+def _mask_name(kind: str, scope: str, k: int) -> str:
+    return f"{Path(kind).stem if ':' in kind else kind}-{scope}-{k}"
+
+
+def _k_of(name: str) -> int:
+    """Of a mask's cell: "snr-global-4096-grpo/seed-0"."""
+    return int(name.partition("/")[0].split("-")[-2])
+
+
+def _structured(name: str, folder: Path) -> Structured:
+    _, objective, seed = name.split("/")
+    found = json.loads((folder / STRUCTURE_FILE).read_text())
+    gram = np.array(found["whole"]["gram"], dtype=np.float64)
+    return Structured(
+        objective, int(seed.removeprefix("seed-")), gram, sum(found["seconds"].values()), found["batches"], found["batches_without_signal"]
+    )
+
+
+def _consecutive(one: Structured) -> NDArray[np.float64]:
+    norms = np.sqrt(one.gram_bb.diagonal())
+    return np.diagonal(one.gram_bb, 1) / (norms[1:] * norms[:-1])
+
+
+def _contrast(text: str, measure: str, sft: Structured, grpo: Structured) -> Claim:
+    """The larger minus the smaller one as claimed; standard errors of the two jackknives added in squares."""
+    one, two = (sft, grpo) if measure == "cosine" else (grpo, sft)
+    a, b = (leave_one_out(getattr(each, measure), each.batches) for each in (one, two))
+    reach = float(np.hypot((a.high - a.low) / 2, (b.high - b.low) / 2))
+    value = a.value - b.value
+    what = f"{measure.replace('_', ' ')}, {one.objective} − {two.objective} (jackknife over batches)"
+    published = "SFT low-rank and stable, GRPO high-rank and nearly orthogonal"
+    return by_interval(value, (value - reach, value + reach), above(0.0), what).claim(text, source=f"{SOURCE}, figure 3", published=published)
+
+
+def _concentration(mask: Mapping[str, Tensor]) -> tuple[float, float, float]:
+    """(share of the chosen entries on the value path, of all entries, p of as many by chance)."""
+    shares = projection_shares(mask)
+    chosen = sum(shares[kind].chosen for kind in VALUE_PATH if kind in shares)
+    inside = sum(shares[kind].entries for kind in VALUE_PATH if kind in shares)
+    k, entries = sum(one.chosen for one in shares.values()), sum(one.entries for one in shares.values())
+    tails = hypergeom.sf(chosen - 1, entries, inside, k), hypergeom.cdf(chosen, entries, inside, k)
+    return chosen / k, inside / entries, float(min(1.0, 2 * min(tails)))
+
+
+def _structure_table(structures: list[Structured]) -> Table:
+    rows = []
+    for one in structures:
+        everything = np.arange(one.batches)
+        ranks = [leave_one_out(measure, one.batches) for measure in (one.stable_rank, one.effective_rank)]
+        rows.append(
+            (one.objective, one.seed, one.batches, one.silent, one.cosine(everything), *(x for r in ranks for x in (r.value, r.low, r.high)), one.seconds)
+        )
+    columns = ("stable rank", "stable low", "stable high", "effective rank", "effective low", "effective high")
+    return Table(
+        "structure",
+        "Structure of the gradients of B at initialisation",
+        ("objective", "seed", "batches", "without signal", "mean cosine", *columns, "scoring s"),
+        tuple(rows),
+        "Every batch's gradient scaled to length 1; both ranks lie between 1 (one direction) and the number of batches (all orthogonal). Jackknife.",
+    )
+
+
+def _overlap_table(masks: Mapping[str, Mapping[str, Tensor]]) -> Table:
+    """Masks of one kind and k between seeds and between objectives."""
+    rows = []
+    for one, two in combinations(masks, 2):
+        (name_one, _, seed_one), (name_two, _, seed_two) = (name.partition("/") for name in (one, two))
+        kind_one, kind_two = (name.rpartition("-")[0] for name in (name_one, name_two))
+        if kind_one == kind_two and (name_one == name_two or seed_one == seed_two):
+            found = overlap(masks[one], masks[two])
+            rows.append((one, two, found.shared, found.jaccard, found.chance, found.chance_within_modules))
+    return Table(
+        "overlap",
+        "Overlap of masks between seeds and objectives",
+        ("mask", "and", "shared", "Jaccard", "by chance", "by chance within modules"),
+        tuple(rows),
+        "All masks are over the same A.",
+    )

@@ -1,0 +1,361 @@
+"""S1: does a rank by the gradient's profile help GRPO, and what is the published amplification of the profile made of? (arXiv 2605.07366)
+
+Stage 1, one cell a scale mode and seed: every layer has the same rank, the gradient norms of all its A and B are recorded at each step.
+Stage 2: the same budget Σ r by layer, spread by the strategies of fastlora/allocation.py over the profile of stage 1's cell of that seed;
+the first scale mode runs all of them, the others (an ablation) `proportional` alone. Scales are set so that all modes are one run at the
+uniform rank: α = s (constant), s r (alpha/r), s √r (alpha/sqrt(r)).
+
+The confrontation. The paper reports that the max/min ratio of the layers' shares of gradient norm grows from 2.17 (uniform) to 3.00
+(proportional) and reads it as amplification. A matrix of rank r has r rows of like size, so that √r alone makes norm_l √(r_l / r) of the
+uniform run's; that prediction (allocation.sqrt_rank_shares) stands beside every ratio here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.allocation import allocate, layer_scores, modules_by_layer, rank_pattern, share_ratio, sqrt_rank_shares
+from fastlora.analysis.gradient_profile import LayerNorms, Measure
+from fastlora.config import RunConfig
+from fastlora.lora.patterns import scale_of
+from fastlora.metrics import GRADIENT_PROFILE_FILE
+from fastlora.statistics import correlation
+from fastlora.study.cells import Cell
+from fastlora.study.claims import Claim, above, below, by_interval, by_property, conclusions
+from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.config import StudyConfig
+from fastlora.study.pictures import Estimate, heat_maps, intervals, scatter_fits, share_bars
+from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.resampling import over_steps
+from fastlora.study.results import CellResult, by_strategy, read_cell
+from fastlora.study.setting import adapted_modules, setting
+from fastlora.study.studies import Plan
+
+SOURCE = "arXiv 2605.07366"
+UNIFORM, DYNAMIC = "uniform", "dynamic"
+PUBLISHED_ACCURACY = {"reduced": 0.65, "random": 0.675, "proportional": 0.70, "uniform": 0.745}
+"""GSM8K, Qwen2.5-1.5B-Instruct, 200 problems, one seed; the base model .66."""
+PUBLISHED_RATIO = {"uniform": 2.17, "proportional": 3.00, "reduced": 3.57}
+PUBLISHED_SHIFT = {"random": 0.972, "proportional": 0.946}
+TOP_LAYERS = 0.3
+FLAT = 0.5
+"""A profile whose strongest 30 % of layers carry less than half is called flat: published are 36 % under GRPO, above 80 % under SFT."""
+STABLE = 0.8
+"""Correlation of early and late profile above which the profile is called stable; published .962."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """What one cell's gradients say, against the uniform cell of its seed and scale mode."""
+
+    strategy: str
+    seed: int
+    ranks_l: tuple[int, ...]
+    norms: Mapping[Measure, LayerNorms]
+    uniform: Mapping[Measure, LayerNorms]
+    uniform_ranks_l: tuple[int, ...]
+
+    def ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
+        """Max/min ratio of the shares, mean over these steps."""
+        return share_ratio(self.norms[measure].shares_ls[:, steps].mean(axis=1).tolist())
+
+    def predicted(self, steps: NDArray[np.int64]) -> float:
+        """The raw ratio if rank did nothing but add rows: √r on the uniform cell's shares over the same steps."""
+        return share_ratio(self.predicted_shares(steps))
+
+    def predicted_shares(self, steps: NDArray[np.int64]) -> tuple[float, ...]:
+        """Shares by √r alone. The scale is constant in the first scale mode, which is the one that is predicted."""
+        share_l = self.uniform["raw"].shares_ls[:, steps].mean(axis=1).tolist()
+        return sqrt_rank_shares(share_l, self.uniform_ranks_l, self.ranks_l)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps with a gradient in both cells."""
+        return min(norms.shares_ls.shape[1] for norms in (*self.norms.values(), *self.uniform.values()))
+
+
+class RankAllocation:
+    """The study; see the module."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.own = config, config.rank_allocation
+        self.modules = adapted_modules(config.base_run())
+        self.layers = modules_by_layer(self.modules)
+        self.budget = self.own.rank * len(self.layers)
+        self._allocated((1.0,) * len(self.layers), UNIFORM, 0)  # an impossible budget is refused before anything runs
+
+    def plan(self) -> Plan:
+        """Uniform cells, then those that are made from their profiles."""
+        folders = yield [
+            Cell(named(UNIFORM, scaling, seed), self._run(self._uniform_ranks(), scaling, seed))
+            for scaling in self.own.scalings
+            for seed in self.config.seeds
+        ]
+        cells = []
+        for scaling, seed, strategy in self._later():
+            scores_l = self._scores(folders[named(UNIFORM, scaling, seed)])
+            ranks_l = self._uniform_ranks() if strategy == DYNAMIC else self._allocated(scores_l, strategy, seed)
+            changes = self._reallocation() if strategy == DYNAMIC else {}
+            cells.append(Cell(named(strategy, scaling, seed), self._run(ranks_l, scaling, seed, changes)))
+        yield cells
+
+    def _later(self) -> Iterator[tuple[str, int, str]]:
+        """(scale mode, seed, strategy) of stage 2."""
+        for number, scaling in enumerate(self.own.scalings):
+            dynamic = (DYNAMIC,) if self.own.dynamic_every else ()
+            strategies = (*self.own.strategies, *dynamic) if number == 0 else ("proportional",)
+            for seed in self.config.seeds:
+                yield from ((scaling, seed, strategy) for strategy in strategies if strategy != UNIFORM)
+
+    def _uniform_ranks(self) -> tuple[int, ...]:
+        return (self.own.rank,) * len(self.layers)
+
+    def _scores(self, folder: Path) -> tuple[float, ...]:
+        """A layer's mean share of the gradient norm in a finished cell."""
+        cell = read_cell(folder.name, folder)
+        norms = cell.layer_norms("raw")
+        profile = dict(zip(norms.layers.tolist(), norms.share_l.tolist(), strict=True))
+        return layer_scores(profile, self.modules, str(folder / GRADIENT_PROFILE_FILE))
+
+    def _allocated(self, scores_l: tuple[float, ...], strategy: str, seed: int) -> tuple[int, ...]:
+        own = self.own
+        bounds: dict[str, Any] = {"r_min": own.r_min, "r_max": own.r_max, "granularity": own.granularity}
+        return allocate(strategy, scores_l, self.budget, power=own.power, seed=seed, fraction=own.reduced_fraction, **bounds)
+
+    def _run(self, ranks_l: tuple[int, ...], scaling: str, seed: int, changes: Mapping[str, Any] | None = None) -> RunConfig:
+        lora = {
+            "scaling": scaling,
+            "lora_alpha": self.own.scale / scale_of(1.0, self.own.rank, scaling),
+            "alpha_pattern": {},
+            "rank_pattern": rank_pattern(ranks_l, self.modules),
+        }
+        return self.config.run_config({"seed": seed, "lora": lora, **(changes or {})}, f"{scaling}, seed {seed}")
+
+    def _reallocation(self) -> dict[str, Any]:
+        own = self.own
+        bounds = {"r_min": own.r_min, "r_max": own.r_max, "granularity": own.granularity, "power": own.power}
+        return {"reallocation": {"every": own.dynamic_every, **bounds}}
+
+    def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
+        """Tables, figures and verdicts of all cells."""
+        cells = by_strategy(folders)
+        main = {name.partition(" @ ")[0]: by_seed for name, by_seed in cells.items() if name.endswith(f" @ {self.own.scalings[0]}")}
+        profiled = [self._profiled(main, strategy, seed) for strategy, by_seed in main.items() for seed in by_seed]
+        pairs = [(UNIFORM, name) for name in main if name != UNIFORM]
+        pairs += [("shuffled-proportional", "proportional")] if {"shuffled-proportional", "proportional"} <= main.keys() else []
+        found = gaps(main, pairs)
+        claims = (
+            *self._mechanism_claims(main, profiled),
+            *(
+                gap_claim(
+                    f"{gap.first} ranks are better than {gap.second} ones",
+                    gap,
+                    below(0.0),
+                    self.config.thresholds,
+                    source=f"{SOURCE}, table 1" if gap.second in PUBLISHED_ACCURACY else "control, not published",
+                    published=_published_gap(gap.first, gap.second),
+                )
+                for gap in found
+            ),
+        )
+        may, may_not = conclusions(claims)
+        tables = (
+            accuracy_table(cells, {f"{name} @ {self.own.scalings[0]}": value for name, value in PUBLISHED_ACCURACY.items()}),
+            gaps_table(found),
+            _ratio_table(profiled),
+            self._ablation_table(cells),
+        )
+        return StudyReport(
+            "Rank allocation under GRPO",
+            "rank-allocation",
+            may or ("Nothing: no claim is decided.",),
+            (*may_not, "Anything about other models, tasks or longer training: the profile is that of this run"),
+            claims,
+            tables,
+            self._pictures(main, profiled),
+            setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
+        )
+
+    def _profiled(self, main: Cells, strategy: str, seed: int) -> Profiled:
+        cell, uniform = main[strategy][seed], main[UNIFORM][seed]
+        measures: tuple[Measure, ...] = ("raw", "rank_normalised", "delta_w")
+        return Profiled(
+            strategy,
+            seed,
+            self._layer_ranks(cell),
+            {measure: cell.layer_norms(measure) for measure in measures},
+            {measure: uniform.layer_norms(measure) for measure in measures},
+            self._layer_ranks(uniform),
+        )
+
+    def _layer_ranks(self, cell: CellResult) -> tuple[int, ...]:
+        """Rank of each layer, whose modules share one (after the last reallocation, in a dynamic cell)."""
+        return tuple(cell.ranks.get(names[0], 0) for names in self.layers)
+
+    def _mechanism_claims(self, main: Cells, profiled: list[Profiled]) -> Iterator[Claim]:
+        kept = {
+            f"{one.strategy}/seed-{one.seed}": sum(one.ranks_l) == self.budget for one in profiled if one.strategy != "reduced"
+        }
+        yield by_property(kept, f"Σ r over layers = {self.budget}").claim(
+            "Every strategy but `reduced` spends the same budget", source=f"{SOURCE}, section 3", published="36.9 M parameters each"
+        )
+        first = self.config.seeds[0]
+        uniform = next(one for one in profiled if one.strategy == UNIFORM and one.seed == first)
+        yield _decided(
+            uniform.num_steps,
+            lambda steps: _top_share(uniform.norms["raw"], steps),
+            below(FLAT),
+            f"share of the strongest {TOP_LAYERS:.0%} of layers, uniform ranks, seed {first}",
+        ).claim("Under GRPO the gradient is spread flatly over the layers", source=f"{SOURCE}, section 4", published="36 % (SFT: above 80 %)")
+        shares_ls = uniform.norms["raw"].shares_ls
+        third = shares_ls.shape[1] // 3
+        stable = correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
+        yield by_interval(stable.value, (stable.low, stable.high), above(STABLE), "correlation of early and late profile").claim(
+            "The profile is stable over training", source=f"{SOURCE}, section 4", published=".962"
+        )
+        proportional = next((one for one in profiled if one.strategy == "proportional" and one.seed == first), None)
+        if proportional is not None:
+            yield from _amplification_claims(proportional)
+
+    def _ablation_table(self, cells: Cells) -> Table:
+        rows = []
+        for name, by_seed in cells.items():
+            strategy, _, scaling = name.partition(" @ ")
+            if strategy not in (UNIFORM, "proportional"):
+                continue
+            for seed, cell in by_seed.items():
+                ratios = [share_ratio(cell.layer_norms(measure).share_l.tolist()) for measure in ("raw", "rank_normalised", "delta_w")]
+                rows.append((scaling, strategy, seed, *ratios, cell.accuracy.value))
+        return Table(
+            "scale-modes",
+            "Scale modes: α s, constant or by rank",
+            ("scale mode", "strategy", "seed", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "accuracy"),
+            tuple(rows),
+            f"All modes have s = {self.own.scale:g} at rank {self.own.rank}. With alpha/r a larger rank has a smaller scale, and its norm falls.",
+        )
+
+    def _pictures(self, main: Cells, profiled: list[Profiled]) -> tuple[Picture, ...]:
+        first = self.config.seeds[0]
+        shown = [one for one in profiled if one.seed == first]
+        steps = np.arange(min(one.num_steps for one in shown))
+        bars = [one for one in shown if one.strategy in (UNIFORM, "proportional", "shuffled-proportional")]
+        scatter = {
+            one.strategy: (np.array(one.ranks_l, dtype=float), one.norms["raw"].share_l - one.uniform["raw"].share_l)
+            for one in shown
+            if len(set(one.ranks_l)) > 1
+        }
+        estimates = {strategy: accuracy(by_seed) for strategy, by_seed in main.items()}
+        return (
+            Picture(
+                "heat-map",
+                "Gradient norm by layer and step",
+                heat_maps({one.strategy: one.norms["raw"] for one in shown}, "‖g‖ of all A and B of a layer"),
+                f"Seed {first}.",
+            ),
+            Picture(
+                "amplification",
+                "Share of the gradient norm by layer",
+                share_bars(
+                    list(range(len(self.layers))),
+                    {one.strategy: one.norms["raw"].share_l for one in bars},
+                    {one.strategy: np.array(one.predicted_shares(steps)) for one in bars if one.strategy != UNIFORM},
+                ),
+                f"Bars: measured, seed {first}. Marks: the uniform run's shares times √r, normalised; nothing else changed.",
+            ),
+            Picture(
+                "rank-and-share",
+                "Rank of a layer and the change of its share against the uniform run",
+                scatter_fits(scatter, "rank", "change of share"),
+                f"Seed {first}; published correlations: random .972, proportional .946.",
+            ),
+            Picture("accuracy-by-strategy", "Accuracy", intervals(estimates, "accuracy on held-out problems"), "95 % intervals."),
+        )
+
+
+def named(strategy: str, scaling: str, seed: int) -> str:
+    """A cell's name."""
+    return f"{strategy} @ {scaling}/seed-{seed}"
+
+
+def _published_gap(first: str, second: str) -> str:
+    if first in PUBLISHED_ACCURACY and second in PUBLISHED_ACCURACY:
+        return f"{100 * (PUBLISHED_ACCURACY[second] - PUBLISHED_ACCURACY[first]):+.1f} points (200 problems, one seed)"
+    return "not run"
+
+
+def _top_share(norms: LayerNorms, steps: NDArray[np.int64]) -> float:
+    share_l = np.sort(norms.shares_ls[:, steps].mean(axis=1))[::-1]
+    return float(share_l[: math.ceil(TOP_LAYERS * len(share_l))].sum())
+
+
+def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Any, what: str) -> Any:
+    estimate = over_steps(statistic, num_steps)
+    return by_interval(estimate.value, (estimate.low, estimate.high), region, f"{what} (blocks of steps resampled)")
+
+
+def _amplification_claims(one: Profiled) -> Iterator[Claim]:
+    """The paper's reading, and its confrontation with √r."""
+    uniform = Profiled(UNIFORM, one.seed, one.uniform_ranks_l, one.uniform, one.uniform, one.uniform_ranks_l)
+    published = "max/min 2.17 → 3.00; √r alone predicts 3.07"
+    for text, statistic, what in (
+        (
+            "Ranks by the profile amplify the imbalance of the gradient's shares",
+            lambda steps: math.log(one.ratio("raw", steps) / uniform.ratio("raw", steps)),
+            "log of the raw max/min ratio, proportional over uniform",
+        ),
+        (
+            "The amplification is more than √r makes of the uniform profile",
+            lambda steps: math.log(one.ratio("raw", steps) / one.predicted(steps)),
+            "log of the raw max/min ratio over its √r prediction",
+        ),
+        (
+            "With the rank taken out (∂L/∂ΔW) the imbalance still grows",
+            lambda steps: math.log(one.ratio("delta_w", steps) / uniform.ratio("delta_w", steps)),
+            "log of the max/min ratio of ‖∂L/∂ΔW‖, proportional over uniform",
+        ),
+    ):
+        yield _decided(one.num_steps, statistic, above(0.0), f"{what}, seed {one.seed}").claim(
+            text, source=f"{SOURCE}, section 5", published=published
+        )
+
+
+def _ratio_table(profiled: list[Profiled]) -> Table:
+    rows = []
+    for one in profiled:
+        steps = np.arange(one.num_steps)
+        shift: str | None = None
+        if len(set(one.ranks_l)) > 1:
+            changed = one.norms["raw"].share_l - one.uniform["raw"].share_l
+            shift = str(correlation(list(one.ranks_l), changed.tolist()))
+        predicted = None if one.strategy in (UNIFORM, DYNAMIC) else one.predicted(steps)
+        rows.append(
+            (
+                one.strategy,
+                one.seed,
+                f"{min(one.ranks_l)}–{max(one.ranks_l)}",
+                sum(one.ranks_l),
+                *(one.ratio(measure, steps) for measure in ("raw", "rank_normalised", "delta_w")),
+                predicted,
+                PUBLISHED_RATIO.get(one.strategy),
+                _top_share(one.norms["raw"], steps),
+                shift,
+                PUBLISHED_SHIFT.get(one.strategy),
+            )
+        )
+    return Table(
+        "profiles",
+        "Profiles: max/min ratio of the layers' shares, and what √r predicts",
+        (
+            *("strategy", "seed", "ranks", "Σ r", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "√r predicts", "published ratio"),
+            *("share of top 30 %", "correlation of rank and change of share", "published correlation"),
+        ),
+        tuple(rows),
+        "raw: ‖g‖ of a layer's A and B. √r predicts: the raw ratio of the uniform run of that seed with every share times √(r/r uniform).",
+    )
