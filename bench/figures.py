@@ -141,9 +141,8 @@ def target_lines(numbers: Row, targets: Sequence[Target], caption: str) -> str:
         if target.key in numbers
         for value in [numbers[target.key]]
     ]
-    newer = "".join(
-        f"\nMeasured again: {part} (commit {str(of)[:12]}).\n" for part, of in numbers.get("again", {}).items() if of != numbers["commit"]
-    )
+    again = {part: of for part, of in numbers.get("again", {}).items() if of != numbers["commit"]}
+    newer = "".join(f"\nMeasured again: {part} (commit {str(of)[:12]}).\n" for part, of in again.items())
     return f"{numbers['shape']}. {caption}\n\n{markdown(('what', 'measured', 'target', ''), lines)}{newer}"
 
 

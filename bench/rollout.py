@@ -9,9 +9,9 @@
     compiled    (not unless asked for) vLLM as it runs here against vLLM's torch.compile
 
 16 completions of exactly 128 tokens for 4 prompts, ranks from 4 to 32 on all modules. Rollouts, swaps and steps of vLLM each have a policy
-of a new version, whose prefixes are not cached. Needs vLLM. Every part is written when it is measured; `--only swaps logprobs`
-measures these alone and puts them into the newest summary of this device. --check writes nothing and exits 1 when a target is missed; the soak is `--only swaps --check`.
---dry-run measures 8 tokens, once, and writes nothing.
+of a new version, whose prefixes are not cached. Needs vLLM. Every part is written as soon as it is measured; `--only swaps logprobs`
+measures these alone and puts them into the newest summary of this device. --check writes nothing and exits 1 when a target is missed; the
+soak is `--only swaps --check`. --dry-run measures 8 tokens, once, and writes nothing.
 
 Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object. Rows are written to OUT/DEVICE/rollout.jsonl,
 the JSON object to rollout_summary.jsonl beside it.

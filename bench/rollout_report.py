@@ -93,7 +93,13 @@ def numbers(measured: Measured) -> dict[str, Any]:
         found |= logprob_numbers(measured.logprobs)
     if measured.compiled:
         found["compiled_speedup"] = measured.compiled[0].median / measured.compiled[1].median
-    groups = {"rollout": measured.rollouts.values(), "step": step_races(measured).values(), "compiled": [measured.compiled]}
+    groups = {
+        "rollout": measured.rollouts.values(),
+        "step": measured.steps.values(),
+        "merged_step": measured.merged.values(),
+        "default_step": [measured.defaults],
+        "compiled": [measured.compiled],
+    }
     contenders = {f"{name}_contenders": [about(result) for race in races for result in race] for name, races in groups.items()}
     return found | {name: shown for name, shown in contenders.items() if shown}
 
