@@ -9,9 +9,9 @@
     compiled    (not unless asked for) vLLM as it runs here against vLLM's torch.compile
 
 16 completions of exactly 128 tokens for 4 prompts, ranks from 4 to 32 on all modules. Rollouts, swaps and steps of vLLM each have a policy
-of a new version, whose prefixes are not cached. Needs vLLM. `--only swaps logprobs` measures these parts alone and puts them into the
-newest summary of this device. --check writes nothing and exits 1 when a target is missed; the soak is `--only swaps --check`.
---dry-run measures 8 tokens, once, and writes nothing.
+of a new version, whose prefixes are not cached. Needs vLLM. Every part is written as soon as it is measured; `--only swaps logprobs`
+measures these alone and puts them into the newest summary of this device. --check writes nothing and exits 1 when a target is missed; the
+soak is `--only swaps --check`. --dry-run measures 8 tokens, once, and writes nothing.
 
 Tables on stdout, progress on stderr; with --json the last line of stdout is one JSON object. Rows are written to OUT/DEVICE/rollout.jsonl,
 the JSON object to rollout_summary.jsonl beside it.
@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,8 +35,7 @@ from bench.command_line import parser, positive
 from bench.contender import Contender
 from bench.race import Result, Worker, WorkerError, race
 from bench.record import describe, write_workload
-from bench.report import device_slug
-from bench.rollout_report import SUMMARY, Measured, missed, numbers, print_tables, summary, write_measured
+from bench.rollout_report import Measured, missed, print_tables, summary, write_measured
 from bench.workload import COMPLETION_TOKENS, SAMPLES, Settings, uneven_ranks
 from fastlora.lora.peft_format import load_adapter
 
@@ -69,18 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     parts = options.only or list(USUAL)
     say: Say = lambda message: print(message, file=sys.stderr, flush=True)  # noqa: E731
-    with tempfile.TemporaryDirectory(prefix="fastlora-rollout-") as scratch:
-        try:
-            measured = measure(parts, Path(scratch), options, say)
-        except (WorkerError, TokensError) as error:
-            say(str(error))
-            return 1
-    print_tables(measured, Console(width=180))
-    if options.writes:
-        write_measured(measured, parts, not options.only, options.out)
+    found: dict[str, Any] = {}
+    for part in parts:  # each is written as soon as it is measured: a contender that dies takes its own part with it
+        with tempfile.TemporaryDirectory(prefix="fastlora-rollout-") as scratch:
+            try:
+                measured = measure(part, Path(scratch), options, say)
+            except (WorkerError, TokensError) as error:
+                say(str(error))
+                return 1
+        print_tables(measured, Console(width=180))
+        found |= summary(measured)
+        if options.writes:
+            write_measured(measured, part, options.out, anew=part == parts[0] and not options.only)
     if options.json:
-        print(json.dumps(summary(measured)))
-    if options.check and (what := missed(numbers(measured))):
+        print(json.dumps(found))
+    if options.check and (what := missed(found)):
         say(f"missed: {'; '.join(what)}")
         return 1
     return 0
@@ -99,13 +102,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.dry_run:
         options.pairs, options.swaps = 1, DRY_SWAPS
     options.writes = not (options.dry_run or options.check)
-    if options.writes and options.only and not (options.out / device_slug() / f"{SUMMARY}.jsonl").is_file():
-        command.error(f"--only {' '.join(options.only)}: there is no summary of this device in {options.out} yet; measure everything once")
     return options
 
 
-def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say: Say) -> Measured:
-    """The parts asked for, in the order of the module's docstring. Raises WorkerError, TokensError."""
+def measure(part: str, folder: Path, options: argparse.Namespace, say: Say) -> Measured:
+    """One part. Raises WorkerError, TokensError."""
     torch.set_num_threads(options.threads)
     say("recording the workload")
     settings = Settings(uneven_ranks(), DRY_TOKENS if options.dry_run else COMPLETION_TOKENS)
@@ -129,13 +130,13 @@ def measure(parts: Sequence[str], folder: Path, options: argparse.Namespace, say
         shape=describe(rollout, f"r {min(settings.rank_pattern.values())} to {max(settings.rank_pattern.values())}"),
         threads=options.threads,
         adapter_bytes=adapter_bytes(folder),
-        rollouts={dtype: turns(RIVALS[dtype]) for dtype in options.dtypes} if "rollouts" in parts else {},
-        steps={dtype: steps(RIVALS[dtype]) for dtype in options.dtypes} if "steps" in parts else {},
-        merged={dtype: steps(MERGED[dtype]) for dtype in options.dtypes} if "merged" in parts else {},
-        defaults=steps(DEFAULTS) if "defaults" in parts else (),
-        swaps=alone(replace(VLLM, work="swap"), options.swaps) if "swaps" in parts else None,
-        logprobs=alone(replace(VLLM, work="logprob"), 1) if "logprobs" in parts else None,
-        compiled=turns([VLLM, replace(VLLM, compiled=True)]) if "compiled" in parts else (),
+        rollouts={dtype: turns(RIVALS[dtype]) for dtype in options.dtypes} if part == "rollouts" else {},
+        steps={dtype: steps(RIVALS[dtype]) for dtype in options.dtypes} if part == "steps" else {},
+        merged={dtype: steps(MERGED[dtype]) for dtype in options.dtypes} if part == "merged" else {},
+        defaults=steps(DEFAULTS) if part == "defaults" else (),
+        swaps=alone(replace(VLLM, work="swap"), options.swaps) if part == "swaps" else None,
+        logprobs=alone(replace(VLLM, work="logprob"), 1) if part == "logprobs" else None,
+        compiled=turns([VLLM, replace(VLLM, compiled=True)]) if part == "compiled" else (),
     )
 
 

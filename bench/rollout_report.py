@@ -93,7 +93,13 @@ def numbers(measured: Measured) -> dict[str, Any]:
         found |= logprob_numbers(measured.logprobs)
     if measured.compiled:
         found["compiled_speedup"] = measured.compiled[0].median / measured.compiled[1].median
-    groups = {"rollout": measured.rollouts.values(), "step": step_races(measured).values(), "compiled": [measured.compiled]}
+    groups = {
+        "rollout": measured.rollouts.values(),
+        "step": measured.steps.values(),
+        "merged_step": measured.merged.values(),
+        "default_step": [measured.defaults],
+        "compiled": [measured.compiled],
+    }
     contenders = {f"{name}_contenders": [about(result) for race in races for result in race] for name, races in groups.items()}
     return found | {name: shown for name, shown in contenders.items() if shown}
 
@@ -207,14 +213,17 @@ def memory(result: Result) -> int:
     return result.peak_bytes + int(max(result.metrics.get("engine_peak_bytes", [0.0])))
 
 
-def write_measured(measured: Measured, parts: Sequence[str], complete: bool, folder: Path) -> None:
-    """Appends the rows to `folder`/DEVICE/rollout.jsonl and the numbers to rollout_summary.jsonl beside it; an incomplete measurement's go
-    into the newest summary. Raises FileNotFoundError when there is none."""
+def write_measured(measured: Measured, part: str, folder: Path, *, anew: bool) -> None:
+    """Appends the rows to `folder`/DEVICE/rollout.jsonl and the numbers to the newest summary in rollout_summary.jsonl beside it.
+
+    anew: they begin a summary; so do the first ones of a device.
+    """
     append_rows(list(rows(measured)), folder / device_slug() / "rollout.jsonl")
-    if complete:
-        append_rows([summary(measured)], folder / device_slug() / f"{SUMMARY}.jsonl")
+    path = folder / device_slug() / f"{SUMMARY}.jsonl"
+    if anew or not path.is_file():
+        append_rows([summary(measured)], path)
     else:
-        merge_summary(numbers(measured), parts, folder, SUMMARY)
+        merge_summary(numbers(measured), [part], folder, SUMMARY)
 
 
 def print_tables(measured: Measured, console: Console) -> None:

@@ -108,18 +108,16 @@ def test_targets_are_green_or_red() -> None:
 def test_a_part_alone_has_its_own_numbers_and_goes_into_the_last_summary(tmp_path: Path) -> None:
     swaps = replace(rollouts_measured(), rollouts={}, steps={}, logprobs=None)
     assert "swap_seconds" in numbers(swaps) and "rollout_speedup" not in numbers(swaps)
-    with pytest.raises(SystemExit):  # before anything is measured
-        parse(["--only", "swaps", "--out", str(tmp_path)])
     assert not parse(["--only", "swaps", "--check", "--out", str(tmp_path)]).writes
-    write_measured(rollouts_measured(leak=20.0), [], True, tmp_path)
-    write_measured(swaps, ["swaps"], False, tmp_path)
+    write_measured(rollouts_measured(leak=20.0), "steps", tmp_path, anew=False)  # nothing was there: it begins
+    write_measured(swaps, "swaps", tmp_path, anew=False)
     last = read_rows(tmp_path / device_slug() / "rollout_summary.jsonl")[-1]
     assert (last["soak_worker_growth"], last["rollout_speedup"]) == (pytest.approx(0.0, abs=1e-6), 4.0)
     assert last["again"].keys() == {"swaps"}
 
 
 def test_rows_count_the_engine_too(tmp_path: Path) -> None:
-    write_measured(rollouts_measured(), [], True, tmp_path)
+    write_measured(rollouts_measured(), "steps", tmp_path, anew=True)
     rows = read_rows(tmp_path / device_slug() / "rollout.jsonl")
     assert [row["op"] for row in rows] == ["rollout.sample"] * 6 + ["rollout.step"] * 12 + ["rollout.swap", "rollout.canary"]
     assert (rows[0]["cpu_seconds"], rows[0]["peak_bytes"], rows[2]["cpu_seconds"]) == (12.0, 2 << 30, 20.0)
