@@ -152,7 +152,10 @@ def test_ctrl_c_stops_the_cells_where_it_is_safe(tmp_path: Path, ray: ModuleType
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
-    assert "Stopped: stopped with 0 of 2 cells" in output and "Go on with: python -m fastlora.study --study" in output
+    assert (
+        "Stopped: 0 of 2 cells of this stage are finished, the others are saved. " in output
+        and "Go on with: python -m fastlora.study --study" in output
+    )
     assert "Traceback" not in output
     assert len([*(tmp_path / "out" / "cells").glob("*/saved")]) == 2
     rows = counted(study)
