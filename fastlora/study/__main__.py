@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             scheduler = Scheduler(ray, out, config.resources, config.max_retries, console)
             folders = run_stages(study.plan(), scheduler)
         _report(study, folders, out)
-    except StudyStoppedError as error:
+    except (StudyStoppedError, KeyboardInterrupt) as error:
         again = shlex.join(["python", "-m", "fastlora.study", *argv])
-        console.print(f"Stopped: {error}. Go on with: {again}", markup=False, soft_wrap=True)
+        console.print(f"Stopped{f': {error}' if str(error) else ''}. Go on with: {again}", markup=False, soft_wrap=True)
         return 130
     except FastloraError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)

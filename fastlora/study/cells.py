@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.config import ConfigError, RunConfig
-from fastlora.study.config import is_file_and_name
+from fastlora.plugins import is_function_spec
 
 KEY_DIGITS = 16
 """64 bits: two of a million cells share a key with probability 3e-8."""
@@ -62,7 +62,7 @@ class Cell:
             return [self._by_content(item, where) for item in value]
         if isinstance(value, Path):
             return str(value) if setting in WRITTEN else self._hash(value, setting)
-        if isinstance(value, str) and is_file_and_name(value):
+        if isinstance(value, str) and is_function_spec(value):
             path, _, name = value.rpartition(":")
             return f"{self._hash(Path(path), setting)}:{name}"
         if isinstance(value, str) and value.endswith(READ_SUFFIXES):

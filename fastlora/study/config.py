@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from fastlora.config import MAX_RANK, ConfigError, Fraction, NonNegative, Positive, RunConfig, Section, read_toml, validated
+from fastlora.plugins import is_function_spec
 
 STUDIES: dict[str, str] = {
     "rank-allocation": "fastlora.study.rank_allocation:RankAllocation",
@@ -30,17 +31,11 @@ STUDIES: dict[str, str] = {
 """Registered studies: name -> module and class. Each has the section of its name in StudyConfig."""
 
 
-def is_file_and_name(text: str) -> bool:
-    """`path/to/file.py:name`: something of the user's own (fastlora/plugins.py)."""
-    path, _, name = text.rpartition(":")
-    return Path(path).suffix == ".py" and bool(name)
-
-
 def one_of(*known: str) -> AfterValidator:
     """A validator: one of the known names, or one's own function as `path/to/file.py:function`."""
 
     def check(name: str) -> str:
-        if name in known or is_file_and_name(name):
+        if name in known or is_function_spec(name):
             return name
         near = get_close_matches(name, known)
         hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(known)};"
@@ -61,9 +56,9 @@ Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], AfterValidator(_some_and_none_twice)]
 """At least one item, none of them twice."""
 
-Strategy = Annotated[str, one_of("uniform", "random", "reduced", "proportional", "inverse", "shuffled")]
+Strategy = Annotated[str, one_of("uniform", "random", "reduced", "proportional", "inverse-proportional", "shuffled-proportional")]
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
-Selection = Annotated[str, one_of("top_fraction", "above_median", "random", "bottom", "middle", "first", "last", "all")]
+Selection = Annotated[str, one_of("all", "top", "random", "bottom", "middle", "first", "last")]
 Score = Annotated[str, one_of("sign_consistency", "signed_sum", "snr", "magnitude", "fisher", "random")]
 Scope = Literal["global", "module", "projection"]
 Regime = Literal["outcome", "process", "distillation"]
@@ -93,16 +88,16 @@ class ThresholdsConfig(Section):
 class RankAllocationConfig(Section):
     """S1: ranks from a uniform run's gradient profile."""
 
-    strategies: Several[Strategy] = ("uniform", "random", "proportional", "reduced", "inverse", "shuffled")
+    strategies: Several[Strategy] = ("uniform", "random", "proportional", "reduced", "inverse-proportional", "shuffled-proportional")
     """Allocators (fastlora/allocation.py), or one's own."""
     rank: Rank = 32
-    """Rank of every module in the uniform run; the budget is this times the number of modules."""
+    """Rank of every module in the uniform run; the budget is this times the number of layers, whose modules share a rank."""
     power: float = 1.0
     """p of r = budget · s^p / Σ s^p."""
     r_min: NonNegative = 1
-    """Smallest rank of a module."""
+    """Smallest rank of a layer."""
     r_max: Rank = MAX_RANK
-    """Largest rank of a module."""
+    """Largest rank of a layer."""
     granularity: Positive = 1
     """Ranks are multiples of this."""
     reduced_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
@@ -114,18 +109,20 @@ class RankAllocationConfig(Section):
 class LayerSelectionConfig(Section):
     """S2: LoRA on the layers that a short probe chose."""
 
-    selections: Several[Selection] = ("all", "top_fraction", "random", "bottom", "middle", "first", "last")
-    """Rules and controls (fastlora/selection.py), or one's own."""
+    selections: Several[Selection] = ("all", "top", "random", "bottom", "middle", "first", "last")
+    """all layers, the chosen ones and the controls of their number (fastlora/selection.py), or one's own."""
+    count: Literal["top_fraction", "above_median"] = "top_fraction"
+    """How many layers: `fraction` of them, or those whose score lies above the median."""
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Layers that `top_fraction` and the controls take."""
+    """Of the layers, for `top_fraction`."""
     batches: Positive = 5
     """Probe batches."""
     batch_size: Positive = 1
     """Examples in a probe batch."""
-    rank: Rank = 16
-    """Rank of every adapted module."""
-    mlp_rank: Rank | None = None
-    """Rank of the MLP's projections; None = `rank`."""
+    attention_rank: Rank = 16
+    """Rank of q, k, v and o in an adapted layer."""
+    mlp_rank: Rank = 16
+    """Rank of gate, up and down."""
     objectives: Several[Objective] = ("sft", "grpo")
     """What the cells train."""
 
@@ -196,7 +193,7 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> StudyConfig:
-        own = "own" if is_file_and_name(self.study) else self.study.replace("-", "_")
+        own = "own" if is_function_spec(self.study) else self.study.replace("-", "_")
         if own != "own" and self.study not in STUDIES:
             raise ValueError(f"study = {self.study!r} is unknown; registered are {', '.join(STUDIES)}; one's own is path/to/file.py:Class")
         sections = {*(name.replace("-", "_") for name in STUDIES), "own"}

@@ -102,7 +102,8 @@ class StageProgress:
         for job in self._jobs:
             state = job.shown_state
             if state != self._states[job.cell.name] or (overdue and state == "running"):
-                self.note("   ".join([f"{job.cell.name}: {state}", *filter(None, _row(job)[2:])]))
+                name, shown, *rest = _row(job)
+                self.note("   ".join([f"{name}: {shown}", *filter(None, [*rest, job.message])]))
             self._states[job.cell.name] = state
         if overdue:
             self.note(self._summary())

@@ -72,9 +72,7 @@ def ray_running(address: str | None) -> Iterator[ModuleType]:
 
 
 def _import_ray() -> ModuleType:
-    # Read when Ray is imported: it would report usage to its makers, and say what its next version changes.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # gpus = 0: CUDA_VISIBLE_DEVICES is empty, as resources.gpus says
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
     try:
         import ray
     except ImportError:
@@ -91,13 +89,14 @@ class Scheduler:
         self._ray, self._out, self._resources, self._max_retries, self._console = ray, out, resources, max_retries, console
         self._keys: dict[str, str] = {}
         self._refuse_too_large()
-        self._submit = ray.remote(run_cell).options(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            max_calls=1,
-            max_retries=0,
-            runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(resources.cpus)}},
-        )
+        variables = {
+            "PYTHONPATH": _python_path(),
+            "OMP_NUM_THREADS": str(resources.cpus),  # of the processes that a cell starts; its own torch is told
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # gpus = 0: none is visible; else Ray 2.60 would leave all of them
+        }
+        self._run_cell = ray.remote(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": variables}
+        )(run_cell)
 
     def run(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Runs a stage; returns {cell name: folder}.
@@ -131,20 +130,19 @@ class Scheduler:
                             check_interrupt()
                     except Interrupted:
                         self._stop(running, progress)
+                        done = sum(job.state == "finished" for job in jobs)
+                        raise StudyStoppedError(f"{done} of {len(jobs)} cells of this stage are finished, the others are saved") from None
             except KeyboardInterrupt:  # the second one
                 for submitted in running:
                     self._ray.cancel(submitted, force=True)
-                raise StudyStoppedError("stopped at once; the steps since their last checkpoints are lost to the cells that ran") from None
-        if any(job.state == "stopped" for job in jobs):
-            done = sum(job.state == "finished" for job in jobs)
-            raise StudyStoppedError(f"stopped with {done} of {len(jobs)} cells of this stage finished; the others have saved themselves")
+                raise StudyStoppedError("at once: cells that ran have lost their steps since the last checkpoint") from None
 
     def _start(self, job: Job) -> Any:
         """Submits an attempt; Ray's reference to its outcome."""
         job.attempt += 1
         job.state = "waiting"
         (job.folder / ATTEMPT_FILE).unlink(missing_ok=True)  # the worker writes it when it starts: Ray's queue may be long
-        return self._submit.remote(job.cell, job.folder.absolute(), job.attempt, self._resources.cpus, Path.cwd())
+        return self._run_cell.remote(job.cell, job.folder.absolute(), job.attempt, self._resources.cpus, Path.cwd())
 
     def _settle(self, running: dict[Any, Job], progress: StageProgress, *, stopping: bool = False) -> None:
         """Waits a moment for attempts to end; books those that did and starts failed ones again."""
@@ -165,10 +163,13 @@ class Scheduler:
             return outcome
         except errors.TaskCancelledError:
             return Outcome("stopped")
+        except errors.RayTaskError as error:
+            return Outcome("failed", f"its worker could not start: {error.cause!r}", retry=True)
         except errors.RayError as error:  # killed by a signal or for memory, os._exit, its machine gone
             if stopping:
                 return Outcome("stopped")
-            return Outcome("failed", f"its worker died ({type(error).__name__}: {_first_line(error)})", retry=True)
+            reason = str(error).strip().partition("\n")[0]
+            return Outcome("failed", f"its worker died ({type(error).__name__}: {reason})", retry=True)
 
     def _stop(self, running: dict[Any, Job], progress: StageProgress) -> None:
         """Asks every cell to stop, as Ctrl-C asks a run (fastlora/interrupt.py), and waits until they have."""
@@ -199,10 +200,6 @@ def _python_path() -> str:
     """This checkout's fastlora and kernels before whatever the worker's machine has installed."""
     root = Path(fastlora.__file__).parents[1]
     return os.pathsep.join([str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _tail(path: Path) -> list[str]:

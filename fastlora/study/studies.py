@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fastlora.plugins import load_function
+from fastlora.plugins import is_function_spec, load_function
 from fastlora.study.cells import Cell
-from fastlora.study.config import STUDIES, StudyConfig, is_file_and_name
+from fastlora.study.config import STUDIES, StudyConfig
 
 if TYPE_CHECKING:
     from fastlora.study.report import StudyReport
@@ -34,7 +34,7 @@ class Study(Protocol):
 
 def load_study(config: StudyConfig) -> Study:
     """The study that a config names. Raises ConfigError when one's own is not there."""
-    if is_file_and_name(config.study):
+    if is_function_spec(config.study):
         return load_function(config.study, "study")(config)
     module, _, name = STUDIES[config.study].partition(":")
     return getattr(import_module(module), name)(config)

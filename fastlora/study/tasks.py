@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.config import ConfigError, RunConfig
-from fastlora.plugins import load_function
-from fastlora.study.config import is_file_and_name
+from fastlora.plugins import is_function_spec, load_function
 
 Say = Callable[[str], None]
 """Writes a line to the cell's log."""
@@ -47,7 +46,7 @@ TASKS: dict[str, Task] = {
 
 def load_task(name: str) -> Task:
     """The task of this name. Raises ConfigError for an unknown one."""
-    if is_file_and_name(name):
+    if is_function_spec(name):
         return load_function(name, "task")
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is unknown; known are {', '.join(TASKS)}; one's own is written path/to/file.py:function")
