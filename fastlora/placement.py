@@ -116,7 +116,8 @@ def top_k_mask(
     if scope not in SCOPES:
         raise ConfigError(f"{WHERE}: the scope {scope!r} is unknown; there are {', '.join(SCOPES)}")
     _check_same_entries(score, magnitude)
-    if not 1 <= k <= (entries := sum(tensor.numel() for tensor in score.values())):
+    entries = sum(tensor.numel() for tensor in score.values())
+    if not 1 <= k <= entries:
         raise ConfigError(f"{WHERE}: k = {k} entries cannot be chosen of {entries}")
     groups: dict[str, list[str]] = {}
     for name in sorted(score):
