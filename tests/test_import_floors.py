@@ -55,14 +55,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.rewards",
     ),
     (
+        "fastlora.allocation",
         "fastlora.batches",
         "fastlora.checkpoint",
         "fastlora.evaluate",
         "fastlora.metrics",
         "fastlora.mismatch",
+        "fastlora.placement",
         "fastlora.progress",
         "fastlora.rollout",
         "fastlora.run_folder",
+        "fastlora.selection",
     ),
     ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.trainer"),
     (
