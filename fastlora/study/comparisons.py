@@ -3,7 +3,7 @@
     per seed     exact McNemar and Newcombe's interval of the gap                      (fastlora.statistics.paired_test)
     pooled       bootstrap of the gap over items and seeds                             (paired_bootstrap)
     together     Holm's correction over all pairs of one call                          (holm)
-    power        items and seeds that a gap of the measured size needs                 (design_needed, items_needed)
+    power        items and seeds that a gap of the measured size needs                 (items_for_seeds, items_needed)
 
 A gap is second − first, in fractions of the problems.
 """
@@ -21,8 +21,8 @@ from fastlora.progress import format_p
 from fastlora.statistics import (
     PairedTest,
     SeededDifference,
-    design_needed,
     holm,
+    items_for_seeds,
     items_needed,
     paired_bootstrap,
     paired_test,
@@ -123,8 +123,10 @@ def mean_accuracy(answers: Answers) -> Estimate:
 def comparison_table(comparisons: Sequence[Comparison], published: Mapping[tuple[str, str], float]) -> Table:
     """One row a pair: the gap beside the published one, its interval, p, what it would take; then each seed's McNemar."""
     seeds = sorted({seed for one in comparisons for seed in one.per_seed})
-    columns = ("first", "second", "gap", "low", "high", "published gap", "p, Holm", "items", "seeds", "needed")
-    columns += tuple(f"seed {seed}: {what}" for seed in seeds for what in ("gap", "McNemar p"))
+    columns = (
+        *("first", "second", "gap", "low", "high", "published gap", "p, Holm", "items", "seeds", "needed"),
+        *(f"seed {seed}: {what}" for seed in seeds for what in ("gap", "McNemar p")),
+    )
     rows = tuple(_row(one, seeds, published.get((one.first, one.second))) for one in comparisons)
     note = (
         "Gap: accuracy of the second less that of the first, in fractions of the held-out problems, with the 95 % interval of a paired "
@@ -171,7 +173,10 @@ def _needed(first_si: NDArray[np.float64], second_si: NDArray[np.float64]) -> st
     if difference == 0:
         return ""
     if len(first_si) > 1:
-        return str(design_needed(difference, variance_components(first_si, second_si)))
+        try:
+            return str(items_for_seeds(difference, variance_components(first_si, second_si), len(first_si)))
+        except ValueError as too_few_seeds:  # a gap of 0 is excluded above; the message says how many seeds it takes
+            return str(too_few_seeds)
     items = items_needed(difference, float((first_si != second_si).mean()))
     return f"a gap of {difference:+.3f} needs {items:,} items of one seed (power 0.8, alpha 0.05)"
 

@@ -121,7 +121,7 @@ def _fit(ax: Axes, x: Floats, y: Floats) -> str:
     """Draws the line; "r = 0.95 [0.90, 0.98]"."""
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return "no correlation: constant, or fewer than 4 points"
-    line, r = linregress(x, y), correlation(x, y)
+    line, r = linregress(x, y), correlation(x.tolist(), y.tolist())
     ends = np.array([x.min(), x.max()])
     ax.plot(ends, line.intercept + line.slope * ends, color=THEME["ink"], linewidth=1.2)
     return f"r = {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]".replace("-", "−")

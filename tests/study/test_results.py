@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -160,7 +161,9 @@ def test_comparisons_are_mcnemar_a_seed_and_holm_together() -> None:
             gained, lost = int((second_si > first_si)[seed].sum()), int((second_si < first_si)[seed].sum())
             assert test.p_value == pytest.approx(binomtest(gained, gained + lost).pvalue)
             assert test.difference == pytest.approx((gained - lost) / 200)
-        assert one.needed.startswith(f"a gap of {one.gap.value:+.3f} needs ")
+        assert re.fullmatch(
+            r"a gap of .* needs [\d,]+ items × 3 seeds .*|no number of items finds .* at least \d+ seeds are needed", one.needed
+        )
     assert [one.p_holm for one in found] == pytest.approx(multipletests([one.pooled.p_value for one in found], method="holm")[1])
 
 
