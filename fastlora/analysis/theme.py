@@ -51,12 +51,15 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberat
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """`draw` in the report's style."""
+    """`draw` in the report's style, laid out once: constrained layout moves everything a little whenever a figure is drawn again."""
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
 
     return drawn
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from fastlora.progress import format_p
 
@@ -22,6 +22,26 @@ Kind = Literal["mechanism", "accuracy"]
 
 LEVEL = 0.05
 """Of every test, and one minus the confidence of every interval."""
+
+
+class HasInterval(Protocol):
+    """A number with the limits of its 95 % interval: `Proportion`, `PassAtK`, `Correlation`, `Estimate`."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its limits."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +116,12 @@ def within(low: float, high: float) -> Region:
     return Region(low, high, closed=True)
 
 
-def by_interval(value: float, interval: tuple[float, float], region: Region, what: str) -> Decision:
+def by_interval(estimate: HasInterval, region: Region, what: str) -> Decision:
     """Decides from the 95 % interval of `what` ("correlation of early and late profile").
 
     A limit that is not a number decides nothing (a correlation of constants has none). Raises ValueError for limits out of order.
     """
-    low, high = interval
+    value, low, high = estimate.value, estimate.low, estimate.high
     if low > high:
         raise ValueError(f"{what}: the interval's limits {low} and {high} are out of order")
     test = f"the 95 % interval of {what} lies {region}: supported; wholly outside: not supported"
@@ -145,8 +165,8 @@ class Sample:
     seeds: int
     min_items: int
     min_seeds: int
-    items_needed: int | None = None
-    """Items at which a gap of the measured (or published) size would be found, by power; None = not computed."""
+    needed: str = ""
+    """What it takes to find the gap, by power: "a gap of +0.020 needs 4,321 items × 3 seeds"; empty = not computed."""
 
 
 def accuracy_claim(text: str, decision: Decision, sample: Sample, *, source: str, published: str) -> Claim:
@@ -158,8 +178,8 @@ def accuracy_claim(text: str, decision: Decision, sample: Sample, *, source: str
         lacking.append(f"{_count(sample.seeds, 'seed')} of {sample.min_seeds}")
     verdict: Verdict = "undecided" if lacking else decision.verdict
     reasons = [f"only {' and '.join(lacking)}"] if lacking else []
-    if verdict == "undecided" and sample.items_needed is not None:
-        reasons.append(f"this gap needs {_count(sample.items_needed, 'item')}")
+    if verdict == "undecided" and sample.needed:
+        reasons.append(sample.needed)
     measured = "; ".join([decision.measured, *reasons])
     test = f"{decision.test}; undecided below {_count(sample.min_items, 'item')} or {_count(sample.min_seeds, 'seed')}"
     return Claim(text, source, published, measured, test, verdict, "accuracy")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,11 +22,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
-from scipy.stats import linregress, pearsonr
+from scipy.stats import linregress
 
 from fastlora.analysis.figures import draw_heat_map
 from fastlora.analysis.gradient_profile import LayerNorms
 from fastlora.analysis.theme import SERIES, THEME, WIDTH, styled, ticks
+from fastlora.statistics import correlation
+from fastlora.study.claims import HasInterval
 
 Floats = NDArray[np.float64]
 
@@ -42,26 +43,6 @@ PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:g}%")
 
 READABLE_SHARE = 0.055
 """A part of a bar smaller than this has no room for its number."""
-
-
-class HasInterval(Protocol):
-    """An estimate with its limits: `Proportion`, `PassAtK`, `Estimate`."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its limits."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +121,10 @@ def _fit(ax: Axes, x: Floats, y: Floats) -> str:
     """Draws the line; "r = 0.95 [0.90, 0.98]"."""
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return "no correlation: constant, or fewer than 4 points"
-    line, r = linregress(x, y), pearsonr(x, y)
-    low, high = r.confidence_interval(0.95)
+    line, r = linregress(x, y), correlation(x.tolist(), y.tolist())
     ends = np.array([x.min(), x.max()])
     ax.plot(ends, line.intercept + line.slope * ends, color=THEME["ink"], linewidth=1.2)
-    return f"r = {r.statistic:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+    return f"r = {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]".replace("-", "−")
 
 
 @styled
@@ -287,13 +267,13 @@ def pass_at_k_curves(estimates: Mapping[str, Mapping[int, HasInterval]]) -> Figu
     )
 
 
-def _grid(panels: int, columns: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+def _grid(panels: int, columns: int, height: float, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """As many axes as panels, `columns` a row; the rest of the last row stays empty. Raises ValueError for none, or too many."""
     if not 0 < panels <= 2 * MOST_SERIES:
         raise ValueError(f"a figure of {panels} panels: draw 1 to {2 * MOST_SERIES}, or split it")
     rows = -(-panels // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.5), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for ax in axes[panels:]:
         ax.remove()
     return figure, axes[:panels]
