@@ -209,8 +209,9 @@ def _reference_backward(
         dy_tn = dy.reshape(-1, outs[m])
         if rank:
             ds_tn = (dy.to(a_rd.dtype) * scale).reshape(-1, outs[m])
-            dh_tr = ds_tn.mm(b_rn.t().contiguous())
             db_rn.copy_(ds_tn.t().mm(h_m.contiguous()).t())
+            if need_da or need_dx:
+                dh_tr = ds_tn.mm(b_rn.t().contiguous())
             if need_da:
                 da_m.copy_(dh_tr.t().mm(x_td))
             if need_dx:
@@ -259,7 +260,8 @@ def _grouped_backward(
     ):
         dy_tn = dy.reshape(-1, outs[m])
         dy_a = dy_tn.to(a_rd.dtype)
-        torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
+        if need_da or need_dx:  # neither: the lowest group of an adapter whose A is frozen
+            torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
         torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
         if not need_dx:
             continue
