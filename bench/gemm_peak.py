@@ -11,7 +11,8 @@ Products of one LoRA update, for a projection W [n, d] with adapter A [r, d], B 
                                               dB = dYᵀ H [n, T] [T, r]        dA = dHᵀx [r, T] [T, d]
 
 The head sees the G·C predicting rows of a group: logits and dHidden. Nothing below the lowest adapted layer trains: its q, k, v need no
-dX, and below it there is no backward pass at all; a layer without adapters above it has its dY W alone. Full fine-tuning has dW = dYᵀ x and the head's dW in place of the adapter's products, and every dX.
+dX, and below it there is no backward pass at all; a layer without adapters above it has its dY W alone. Full fine-tuning has dW = dYᵀ x
+and the head's dW in place of the adapter's products, and every dX.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
     probe's half   the 15 layers with the highest score of fastlora.probe on the problems of the workload
     --layers       these besides
 
-Updates (loss, backward, clip, optimizer step) of the trainer on random tokens: a GRPO batch of 4 prompts × 4 completions that share them, an
-SFT batch of 16 rows. All sets take turns in one process, after a warm-up of each; a ratio is the median over rounds of this set's
-time over that of `all` in the same round. Predicted is the ratio of the FLOPs of bench/gemm_peak.py.
+Updates (loss, backward, clip, optimizer step) of the trainer on random tokens: a GRPO batch of 4 prompts × 4 completions that share
+them, an SFT batch of 16 rows. All sets take turns in one process, after a warm-up of each; a ratio is the median over rounds of this
+set's time over that of `all` in the same round. Predicted is the ratio of the FLOPs of bench/gemm_peak.py.
 
 Targets: the last half takes at least 20 % less time than all, and every ratio is within 10 % of the prediction; status 1 when one is
 missed. A table on stdout, progress on stderr; rows are appended to OUT/DEVICE/layer_selection.jsonl. --dry-run: completions of 8 tokens,
@@ -134,8 +134,13 @@ def race_sets(folder: Path, kind: BatchKind, point: Point, sets: Sets, options: 
     work = {name: lora_work(packaged_model(), point.groups, point.rank, layers).flops for name, layers in sets.items()}
     for name, layers in sets.items():
         yield {
-            **{"op": f"layer_selection.{kind}", "implementation": name, "dtype": OURS.dtype, "shape": str(point)},
-            **{"device": device_name(), "threads": options.threads, "layers": list(layers)},
+            "op": f"layer_selection.{kind}",
+            "implementation": name,
+            "dtype": OURS.dtype,
+            "shape": str(point),
+            "device": device_name(),
+            "threads": options.threads,
+            "layers": list(layers),
             **timing(seconds[name], flops=work[name]),
             "gflop": work[name] / 1e9,
             "ratio": float(np.median(np.divide(seconds[name], seconds["all"]))),
