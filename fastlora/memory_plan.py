@@ -5,8 +5,8 @@ largest batch. w is the size of an activation in bytes, T the packed tokens of a
 token), C its scored tokens; a layer has width d, H query heads and K key heads of width e, an MLP of width m:
 
     activations   w T (x of the two norms 2 d; q, k, v and the attention's output 2 H e + 2 K e; gate and up 2 m;
-                       inputs of the adapted groups 2 d + m; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd and log-sum-exp
-                  of the layers from the lowest adapted one on: nothing below it is kept
+                       inputs of the adapted groups 2 d + m, unless A is frozen; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd
+                       and log-sum-exp; of the layers from the lowest adapted one on: nothing below it is kept
     adapter       its copy in the dtype of the activations, kept for the backward pass
     weights       4.5 bits each with model.quantization = "nf4" (fastlora/nf4.py), embedding and head apart
     head          two rows [C, d], and one tile of logits twice: losses.one_pass and what oneDNN repacks for it
@@ -390,7 +390,9 @@ def _sampling(x: _Widths, groups: Sequence[_Group], w: int, prompt_tokens: int, 
 def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: int, batch: LargestBatch) -> Shares:
     """What forward and backward pass of one micro-batch hold."""
     w, full = WIDTH[config.model.dtype], config.method == "full"
-    kept_inputs = sum(g.in_features for g in groups if not g.reads_attention) + sum(g.rank for g in groups)
+    kept_inputs = sum(g.rank for g in groups)
+    if not config.lora.freeze_a:
+        kept_inputs += sum(g.in_features for g in groups if not g.reads_attention)
     if full:
         kept_inputs = x.layers * (2 * x.d + x.mlp)
     copies = 0 if full or w == 4 else w * trained

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ from fastlora.progress import StepTimer
 from fastlora.prompt import encode
 from fastlora.rewards.registry import load_rewards
 from fastlora.rollout.torch import TorchSampler
-from fastlora.types import Example
+from fastlora.types import Example, TrainBatch
 
 PROBE_FILE = "probe.json"
 OPTIONS = ("batches", "batch_size", "seed", "layers_at_once", "objective")
@@ -139,7 +140,7 @@ def probe(
     with rewards, use_implementation(own.trainer.implementation):
         for step in range(1, batches + 1):
             batch = source.collect(step, 0, StepTimer()).batch
-            norms.append(gradient_norms(model.module, lambda batch=batch: source.loss(batch)[0], layers_at_once))
+            norms.append(gradient_norms(model.module, partial(_loss, source, batch), layers_at_once))
             say(f"probe: batch {step} of {batches}")
     return _scores(own, norms, model.module, layers_at_once, time.perf_counter() - start, plan)
 
@@ -179,6 +180,10 @@ def _objective(config: RunConfig, model: BaseModel, examples: Sequence[Example])
     rewards.check(examples)
     sampler = TorchSampler(model, config.rollout.batch_size)
     return PolicyObjective(config, model, None, sampler, rewards, examples), rewards
+
+
+def _loss(source: Objective, batch: TrainBatch) -> Tensor:
+    return source.loss(batch)[0]
 
 
 def _plan(config: RunConfig, model: BaseModel, examples: Sequence[Example], layers_at_once: int) -> MemoryPlan:

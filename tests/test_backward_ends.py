@@ -144,6 +144,25 @@ def test_nothing_below_is_kept() -> None:
     assert set(saved) == {2, 3} and min(saved.values()) > 10
 
 
+def test_frozen_a_keeps_no_inputs() -> None:
+    """d of q, k, v and of gate and up, m of down, each a token and layer; o reads what attention keeps in any case."""
+    held, batch = [], make_group_batch(GROUPS)
+    for freeze_a in (False, True):
+        model, _ = adapted({}, freeze_a=freeze_a)
+        storages: dict[int, Tensor] = {}
+
+        def keep(x: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            return storages.setdefault(x.untyped_storage().data_ptr(), x)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss_of(model, batch, "sft")
+        held.append(sum(x.untyped_storage().nbytes() for x in storages.values()))
+    tokens, config = sum(group.inputs for group in WORK), model.config
+    saved = 4 * tokens * LAYERS * (2 * config.hidden_size + config.intermediate_size)
+    stand_ins = 4 * 4 * LAYERS  # a number of 4 bytes for each of 4 groups
+    assert held[0] - held[1] == saved - stand_ins
+
+
 @pytest.mark.parametrize("freeze_a", [False, True])
 def test_what_the_adapters_are_asked_for(freeze_a: bool) -> None:
     """dX of all groups but the lowest one; dA of none where A is frozen."""
