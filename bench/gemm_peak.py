@@ -10,8 +10,9 @@ Products of one LoRA update, for a projection W [n, d] with adapter A [r, d], B 
     backward  dY W       [T, n] [n, d]        dH = dY B  [T, n] [n, r]        dH A      [T, r] [r, d]
                                               dB = dYᵀ H [n, T] [T, r]        dA = dHᵀx [r, T] [T, d]
 
-The head sees the G·C predicting rows of a group: logits and dHidden. Nothing below the first layer trains: its q, k, v need no
-dX. Full fine-tuning has dW = dYᵀ x and the head's dW in place of the adapter's products, and every dX.
+The head sees the G·C predicting rows of a group: logits and dHidden. Nothing below the lowest adapted layer trains: its q, k, v need no
+dX, and below it there is no backward pass at all; a layer without adapters above it has its dY W alone. Full fine-tuning has dW = dYᵀ x
+and the head's dW in place of the adapter's products, and every dX.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,17 +96,22 @@ class Work:
         return self.gemm_flops + self.attention_flops
 
 
-def lora_work(model: Model, groups: Sequence[Group], rank: int) -> Work:
-    """An update of rank-`rank` adapters on all seven projections."""
+def lora_work(model: Model, groups: Sequence[Group], rank: int, layers: Collection[int] | None = None) -> Work:
+    """An update of rank-`rank` adapters on all seven projections of these layers (None: of all)."""
+    adapted = range(model.num_hidden_layers) if layers is None else layers
     tokens = sum(group.inputs for group in groups)
     gemms: Counter[Shape] = Counter()
     for layer, name, d, n in _projections(model):
         gemms[tokens, d, n] += 1
-        gemms.update([(tokens, d, rank), (tokens, rank, n), (tokens, n, rank), (n, tokens, rank), (rank, tokens, d)])
-        if layer > 0 or name not in ("q_proj", "k_proj", "v_proj"):
-            gemms.update([(tokens, n, d), (tokens, rank, d)])
+        needs_dx = layer > min(adapted) or (layer == min(adapted) and name not in ("q_proj", "k_proj", "v_proj"))
+        if needs_dx:
+            gemms[tokens, n, d] += 1
+        if layer in adapted:
+            gemms.update([(tokens, d, rank), (tokens, rank, n), (tokens, n, rank), (n, tokens, rank), (rank, tokens, d)])
+            if needs_dx:
+                gemms[tokens, rank, d] += 1
     gemms.update(_head(model, groups))
-    return Work(gemms, _attention_flops(model, groups))
+    return Work(gemms, _attention_flops(model, groups, model.num_hidden_layers - min(adapted)))
 
 
 def full_work(model: Model, groups: Sequence[Group]) -> Work:
@@ -116,7 +122,7 @@ def full_work(model: Model, groups: Sequence[Group]) -> Work:
         gemms.update([(tokens, d, n), (tokens, n, d), (n, tokens, d)])
     gemms.update(_head(model, groups))
     gemms[model.vocab_size, rows, model.hidden_size] += 1
-    return Work(gemms, _attention_flops(model, groups))
+    return Work(gemms, _attention_flops(model, groups, model.num_hidden_layers))
 
 
 def _projections(model: Model) -> Iterator[tuple[int, str, int, int]]:
@@ -135,10 +141,11 @@ def _head(model: Model, groups: Sequence[Group]) -> list[Shape]:
     return [(rows, model.hidden_size, model.vocab_size), (rows, model.vocab_size, model.hidden_size)]
 
 
-def _attention_flops(model: Model, groups: Sequence[Group]) -> float:
-    """q·k and p·v of every pair, 2 · head_dim each, forward and backward."""
+def _attention_flops(model: Model, groups: Sequence[Group], backward_layers: int) -> float:
+    """q·k and p·v of every pair, 2 · head_dim each: forward in every layer, backward in the upper `backward_layers`."""
     pairs = sum(group.pairs for group in groups)
-    return (1 + ATTENTION_BACKWARD) * 4 * pairs * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+    passes = model.num_hidden_layers + ATTENTION_BACKWARD * backward_layers
+    return passes * 4 * pairs * model.num_attention_heads * model.head_dim
 
 
 def measure_rates(shapes: Sequence[Shape], dtype: torch.dtype, progress: Callable[[Shape], None]) -> dict[Shape, float]:

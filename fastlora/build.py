@@ -59,15 +59,9 @@ def build(config: RunConfig, console: Console) -> Parts:
     Raises ConfigError, ImplementationError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at
     fault.
     """
-    if reason := kernels_refuse(config.trainer.implementation, select_device(config.model)):
-        raise ImplementationError(f"trainer.implementation = '{config.trainer.implementation}' cannot run: {reason}; 'auto' takes what can")
     rates = learning_rates(config.optim, config.optimizer_steps)
-    bound_gemm_caches()
-    keep_freed_memory()
-    model = load_base_model(config.model)
-    if config.trainer.implementation != "reference":
-        fuse_layers(model.module)
-    train_examples = _training_examples(config, model)
+    model = prepared_model(config)
+    train_examples = training_examples(config, model)
     eval_examples = held_out_examples(config, model)
     rewards = load_rewards(config.reward)
     rewards.check([*train_examples, *eval_examples])
@@ -79,13 +73,25 @@ def build(config: RunConfig, console: Console) -> Parts:
     else:
         objective = PolicyObjective(config, model, adapter, _training_sampler(config, sampler, model.device), rewards, train_examples)
     if config.trainer.gradient_checkpointing:
-        model.module.gradient_checkpointing_enable({"use_reentrant": False})
-        model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
+        recompute_activations(model)
     optimizer = AdamW(flat, config.optim)
     return Parts(model, adapter, flat, optimizer, rates, objective, sampler, engine, rewards, train_examples, eval_examples)
 
 
-def _training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
+def prepared_model(config: RunConfig) -> BaseModel:
+    """The frozen base model on the run's kernels, without an adapter. Raises ImplementationError or ModelError."""
+    if reason := kernels_refuse(config.trainer.implementation, select_device(config.model)):
+        raise ImplementationError(f"trainer.implementation = '{config.trainer.implementation}' cannot run: {reason}; 'auto' takes what can")
+    bound_gemm_caches()
+    keep_freed_memory()
+    model = load_base_model(config.model)
+    if config.trainer.implementation != "reference":
+        fuse_layers(model.module)
+    return model
+
+
+def training_examples(config: RunConfig, model: BaseModel) -> tuple[Example, ...]:
+    """The problems that a run trains on. Raises DataError."""
     free = None if config.objective == "sft" else config.rollout.max_completion_length
     return _examples(config, model, "train", config.data.train_size, free)
 
@@ -107,6 +113,12 @@ def _examples(
         context_length=model.context_length,
         max_completion_length=max_completion_length,
     )
+
+
+def recompute_activations(model: BaseModel) -> None:
+    """Gradient checkpointing: a layer's activations are made again in the backward pass."""
+    model.module.gradient_checkpointing_enable({"use_reentrant": False})
+    model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
 
 
 def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[PackedAdapter | None, FlatParameters]:

@@ -323,6 +323,8 @@ class LogConfig(Section):
     """Also write TensorBoard event files into the run's folder."""
     completions: NonNegative = 4
     """Sampled completions written to completions.jsonl per step."""
+    gradient_cosine: bool = False
+    """Also log gradient/cosine: of each optimizer step's gradient with the last one's (a copy of the gradient, and two reads of both)."""
 
 
 class RunConfig(Section):

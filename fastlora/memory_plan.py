@@ -5,7 +5,8 @@ largest batch. w is the size of an activation in bytes, T the packed tokens of a
 token), C its scored tokens; a layer has width d, H query heads and K key heads of width e, an MLP of width m:
 
     activations   w T (x of the two norms 2 d; q, k, v and the attention's output 2 H e + 2 K e; gate and up 2 m;
-                       inputs of the adapted groups 2 d + m; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd and log-sum-exp
+                       inputs of the adapted groups 2 d + m, unless A is frozen; x Aᵀ of all modules Σ r) + 4 T (2 + H) for rstd
+                       and log-sum-exp; of the layers from the lowest adapted one on: nothing below it is kept
     adapter       its copy in the dtype of the activations, kept for the backward pass
     weights       4.5 bits each with model.quantization = "nf4" (fastlora/nf4.py), embedding and head apart
     head          two rows [C, d], and one tile of logits twice: losses.one_pass and what oneDNN repacks for it
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from fastlora.lora.groups import input_groups, projections, shapes
 from fastlora.lora.patterns import resolve
 from fastlora.lora.peft_format import load_b_mask
 from fastlora.losses.one_pass import tile_elements
+from fastlora.metrics import layer_of
 from fastlora.model import meta_model, select_device
 from fastlora.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
@@ -53,6 +56,7 @@ FILE_WIDTH = {True: 4, False: 2}
 they are converted; without a conversion they stay mapped and are the weights."""
 GEMM_BYTES = 400_000
 """Of one compiled GEMM, measured: 20 MB for the 25 shapes that a new number of packed tokens brings, in two caches."""
+_GEMM_CACHES = ("compiled GEMMs in the caches of torch and oneDNN", 2 * GEMM_CACHE_ENTRIES * GEMM_BYTES)
 LOADED_LATER = 100 * 2**20
 """Tokenizer, modelling code and data, which a dry run does not load: 80 to 110 MiB with SmolLM2 and 64 to 2,048 problems."""
 
@@ -142,6 +146,7 @@ class _Group:
     """Σ r n: B without the zeros between its blocks."""
     reads_attention: bool
     """Its input is the attention's output, which is kept in any case."""
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +241,7 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
         loading = libraries + base * (w + (file_width if file_width != w else 0))
     on_cpu = select_device(config.model).type == "cpu"
     if on_cpu:
-        resident.append(("compiled GEMMs in the caches of torch and oneDNN", 2 * GEMM_CACHE_ENTRIES * GEMM_BYTES))
+        resident.append(_GEMM_CACHES)
     laid_out = groups if on_cpu and config.model.quantization == "none" else ()
     sampling = [_sampling(widths, laid_out, w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
     update = _update(config, widths, groups, trained, batch)
@@ -352,6 +357,7 @@ def _groups(config: RunConfig, model: PreTrainedModel) -> tuple[_Group, ...]:
             sum(ranks.get(name, 0) for name in names),
             sum(ranks.get(name, 0) * layers[name].out_features for name in names),
             names[0].endswith("o_proj"),
+            layer_of(names[0]),
         )
         for names in input_groups(model, layers)
         if any(ranks.get(name) for name in names)
@@ -384,27 +390,65 @@ def _sampling(x: _Widths, groups: Sequence[_Group], w: int, prompt_tokens: int, 
 def _update(config: RunConfig, x: _Widths, groups: Sequence[_Group], trained: int, batch: LargestBatch) -> Shares:
     """What forward and backward pass of one micro-batch hold."""
     w, full = WIDTH[config.model.dtype], config.method == "full"
-    kept_inputs = sum(g.in_features for g in groups if not g.reads_attention) + sum(g.rank for g in groups)
+    kept_inputs = sum(g.rank for g in groups)
+    if not config.lora.freeze_a:
+        kept_inputs += sum(g.in_features for g in groups if not g.reads_attention)
     if full:
         kept_inputs = x.layers * (2 * x.d + x.mlp)
-    q_and_k = (x.query + x.key) if x.norms_of_q_and_k else 0
-    own = x.layers * (2 * x.d + 2 * x.query + 2 * x.key + q_and_k + 2 * x.mlp)
-    per_token = w * (own + kept_inputs) + 4 * x.layers * (2 + x.heads)
     copies = 0 if full or w == 4 else w * trained
-    what = f"activations of {batch.packed:,} packed tokens"
-    activations = batch.packed * per_token
+    if config.trainer.gradient_checkpointing:
+        copies //= x.layers
+    lowest = 0 if full else max(0, min(g.layer for g in groups))
+    return (
+        _activations(config, x, x.layers - lowest, kept_inputs, batch.packed),
+        ("adapter in the dtype of the activations", copies),
+        _in_flight(config, x, batch, head_trains=full),
+    )
+
+
+def plan_probe(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, layers_at_once: int, held: int, reached: int) -> MemoryPlan:
+    """The plan of fastlora.probe: base weights of `layers_at_once` layers get a gradient, there is no adapter and no optimizer.
+
+    The worst of its passes is that of the lowest layers: the activations of all layers are kept, and what dW needs of the unfrozen ones.
+    config, model, batch: as for `plan_memory`. held, reached: bytes of the process now, and at most so far.
+    """
+    w, x = WIDTH[config.model.dtype], _widths(model)
+    unfrozen = min(layers_at_once, x.layers)
+    per_layer: Counter[int] = Counter()
+    for name, parameter in model.named_parameters():
+        per_layer[layer_of(name)] += parameter.numel()
+    del per_layer[-1]
+    sampling = [_sampling(x, (), w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
+    update = (
+        _activations(config, x, x.layers, unfrozen * (2 * x.d + x.mlp), batch.packed),
+        (f"gradients of {unfrozen} layers", w * sum(sorted(per_layer.values())[-unfrozen:])),
+        _in_flight(config, x, batch, head_trains=False),
+    )
+    resident = [("held now: libraries, weights, data", held)]
+    if select_device(config.model).type == "cpu":
+        resident.append(_GEMM_CACHES)
+    return MemoryPlan(tuple(resident), max(sampling, key=_total, default=()), update, reached)
+
+
+def _activations(config: RunConfig, x: _Widths, layers: int, kept_inputs: int, packed: int) -> tuple[str, int]:
+    """layers: from the lowest that trains to the last. kept_inputs: width of the inputs kept for weight gradients, all projections."""
+    w = WIDTH[config.model.dtype]
+    q_and_k = (x.query + x.key) if x.norms_of_q_and_k else 0
+    own = layers * (2 * x.d + 2 * x.query + 2 * x.key + q_and_k + 2 * x.mlp)
+    per_token = w * (own + kept_inputs) + 4 * layers * (2 + x.heads)
+    what = f"activations of {packed:,} packed tokens"
     if config.trainer.gradient_checkpointing:  # the input of every layer, and all of the layer that is being recomputed
-        what += ", one layer at a time"
-        activations, copies = batch.packed * (w * x.layers * x.d + per_token // x.layers), copies // x.layers
+        return what + ", one layer at a time", packed * (w * layers * x.d + per_token // layers)
+    return what, packed * per_token
+
+
+def _in_flight(config: RunConfig, x: _Widths, batch: LargestBatch, *, head_trains: bool) -> tuple[str, int]:
+    w = WIDTH[config.model.dtype]
     rows = min(batch.scored, max(1, tile_elements(select_device(config.model)) // x.vocabulary))
     # A trained head: its dW as accumulator, product and result, beside the embedding's.
-    head = 2 * w * (batch.scored + batch.packed) * x.d + 2 * w * rows * x.vocabulary + (16 * x.vocabulary * x.d if full else 0)
-    in_flight = w * batch.packed * (2 * x.d + 2 * x.mlp)
-    return (
-        (what, activations),
-        ("adapter in the dtype of the activations", copies),
-        ("a tile of logits, or the gradients of one layer", max(head, in_flight)),
-    )
+    head = 2 * w * (batch.scored + batch.packed) * x.d + 2 * w * rows * x.vocabulary + (16 * x.vocabulary * x.d if head_trains else 0)
+    layer = w * batch.packed * (2 * x.d + 2 * x.mlp)
+    return "a tile of logits, or the gradients of one layer", max(head, layer)
 
 
 def _total(parts: Shares) -> int:

@@ -21,6 +21,7 @@ from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_
 from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 from fastlora.evaluate import Evaluation, answer_greedily
+from fastlora.gradient_structure import ConsecutiveCosine
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
 from fastlora.objectives import StepData
@@ -56,6 +57,7 @@ class Trainer:
         self.config, self.parts, self.folder = config, parts, folder
         self.done = Done()
         self._torn = False  # parameters have moved since the last finished step
+        self._cosine = ConsecutiveCosine(parts.flat.grad) if config.log.gradient_cosine else None
         if resume_from is not None:
             self._restore(resume_from)
 
@@ -110,6 +112,8 @@ class Trainer:
         lr = self.parts.learning_rates[self.done.optimizer_step]
         self._torn = True
         result = self.parts.optimizer.step(lr, loss_finite=math.isfinite(total))
+        if self._cosine is not None and (cosine := self._cosine.next(self.parts.flat.grad)) is not None:
+            sums["gradient/cosine"].append(cosine)
         self.parts.flat.grad.zero_()
         self.parts.objective.optimizer_stepped()
         self.done.optimizer_step += 1
@@ -149,7 +153,8 @@ class Trainer:
         optimizer_tensors, optimizer = _split_tensors("optimizer", self.parts.optimizer.state_dict())
         objective_tensors, objective = _split_tensors("objective", self.parts.objective.state())
         rng_tensors, rng_json = rng_state()
-        tensors = {"parameters": self.parts.flat.data, **rng_tensors, **optimizer_tensors, **objective_tensors}
+        last = {} if self._cosine is None else {"last_gradient": self._cosine.last}
+        tensors = {"parameters": self.parts.flat.data, **last, **rng_tensors, **optimizer_tensors, **objective_tensors}
         state: dict[str, Any] = {
             "progress": {name: getattr(self.done, name) for name in Done.__slots__},
             "optimizer": optimizer,
@@ -169,6 +174,8 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
         self.parts.flat.data.copy_(tensors["parameters"])
+        if self._cosine is not None:
+            self._cosine.last.copy_(tensors["last_gradient"])
         self.parts.optimizer.load_state_dict(_joined_tensors("optimizer", tensors) | state["optimizer"])
         self.parts.objective.restore(_joined_tensors("objective", tensors) | state["objective"])
         self.done = Done(**state["progress"])

@@ -81,3 +81,14 @@ SAMPLER_LOGP_FP32 = 1e-4
 
 BF16_ROUNDED_ONCE = 2**-8
 """Relative distance of a number from the nearest bfloat16 is at most 2^-9, from its neighbour (the float32 sum fell just across) 2^-8."""
+
+GRAM_RANK = 1e-7
+"""Effective rank from the eigenvalues of G Gᵀ against that from the singular values of G: an eigenvalue that should be 0 is off by 2^-53 of
+the largest, its root by 1e-8 of the largest singular value."""
+
+SKETCH_ERRORS = 4
+"""Standard errors that the worst of some tens of sketched inner products may be off: 4 of a normal have a chance of 6e-5 each."""
+
+FP32_SUMS = 1e-5
+"""Gradients of B through a tiny model whose adapter's values and gradients are float32, relative to the largest: some hundred roundings of
+2^-24 = 6e-8 on the way."""

@@ -209,8 +209,9 @@ def _reference_backward(
         dy_tn = dy.reshape(-1, outs[m])
         if rank:
             ds_tn = (dy.to(a_rd.dtype) * scale).reshape(-1, outs[m])
-            dh_tr = ds_tn.mm(b_rn.t().contiguous())
             db_rn.copy_(ds_tn.t().mm(h_m.contiguous()).t())
+            if need_da or need_dx:
+                dh_tr = ds_tn.mm(b_rn.t().contiguous())
             if need_da:
                 da_m.copy_(dh_tr.t().mm(x_td))
             if need_dx:
@@ -259,7 +260,8 @@ def _grouped_backward(
     ):
         dy_tn = dy.reshape(-1, outs[m])
         dy_a = dy_tn.to(a_rd.dtype)
-        torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
+        if need_da or need_dx:  # neither: the lowest group of an adapter whose A is frozen
+            torch.addmm(dh_m, dy_a, b_rn.t(), beta=0, alpha=scale, out=dh_m)
         torch.addmm(db_rn, h_m.t(), dy_a, beta=0, alpha=scale, out=db_rn)
         if not need_dx:
             continue
@@ -322,7 +324,9 @@ def _(dys, x, h, weights_nd, a_rd, b_flat, b_mask, ranks, scales, need_dx, need_
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights_nd, biases_n, a_rd, b_flat, b_mask, ranks, scales, absmaxes = inputs
-    ctx.save_for_backward(x, output[-1], a_rd, b_flat, b_mask, *weights_nd, *absmaxes)
+    # Only dA reads x: a frozen A keeps its shape alone, and the activations of a layer of SmolLM2 shrink by a third.
+    kept_x = x if a_rd.requires_grad else x.new_empty(()).expand(x.shape)
+    ctx.save_for_backward(kept_x, output[-1], a_rd, b_flat, b_mask, *weights_nd, *absmaxes)
     ctx.ranks, ctx.scales = ranks, scales
     # torch.library wants the gradients of a list of tensors as a list, and sees a list with a None in it as one argument.
     ctx.bias_grads = None if any(bias is None for bias in biases_n) else [None] * len(biases_n)

@@ -241,7 +241,7 @@ def backward(
     layout = layout_of(outs, ranks, scales, tiles, x_td.device)
     t, d = x_td.shape
     dh_tp = torch.empty_like(h_tp)
-    if t:
+    if t and (need_dx or need_da):
         rank_gradient(dys, b_flat, dh_tp, layout, tiles)
     dx_td = x_td.new_empty(t, d) if need_dx else x_td.new_empty(0)
     if need_dx and t:

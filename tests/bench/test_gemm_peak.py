@@ -38,10 +38,17 @@ def counted_flops(model: torch.nn.Module) -> int:
     return sum(counts.get(op, 0) for op in products)
 
 
-def test_lora_products() -> None:
-    model = make_tiny_model("llama")
-    adapted = make_twins(model, LoraConfig(r=RANK)).theirs
-    assert lora_work(dimensions(model), GROUPS, RANK).gemm_flops == counted_flops(adapted)
+@pytest.mark.parametrize("layers", [None, (0,), (1,), (1, 3), (2, 3)], ids=str)
+def test_lora_products(layers: tuple[int, ...] | None) -> None:
+    """On all layers, on some: nothing runs backward below the lowest, nothing of an adapter in the others."""
+    model = make_tiny_model("llama", num_hidden_layers=4)
+    targets = {} if layers is None else {"target_modules": tuple(rf"model\.layers\.{layer}\..*" for layer in layers)}
+    adapted = make_twins(model, LoraConfig(r=RANK, **targets)).theirs
+    work = lora_work(dimensions(model), GROUPS, RANK, layers)
+    assert work.gemm_flops == counted_flops(adapted)
+    backward_layers = 4 if layers is None else 4 - min(layers)
+    pairs = sum(group.pairs for group in GROUPS)
+    assert work.attention_flops == pytest.approx((4 + ATTENTION_BACKWARD * backward_layers) * 4 * pairs * 64)
 
 
 def test_full_products() -> None:

@@ -75,10 +75,10 @@ def test_run_leaves_everything_behind(tmp_path: Path) -> None:
         {"trainer.implementation": '"reference"', "loss.beta": "0.05"},
         {"trainer.num_iterations": "2", "trainer.gradient_accumulation_steps": "2"},
         {"loss.entropy_coef": "0.01", "loss.use_adaptive_entropy": "true", "loss.entropy_target": "5.0"},
-        {"objective": '"sft"', "rollout.num_generations": "1", "advantage.scale_rewards": '"none"'},
+        {"objective": '"sft"', "rollout.num_generations": "1", "advantage.scale_rewards": '"none"', "log.gradient_cosine": "true"},
         {"model.quantization": '"nf4"'},
     ],
-    ids=["default", "reference-kl", "iterations", "entropy", "sft", "nf4"],
+    ids=["default", "reference-kl", "iterations", "entropy", "sft, cosines", "nf4"],
 )
 def test_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path, changes: dict[str, str]) -> None:
     config = write_config(tmp_path, **changes)
