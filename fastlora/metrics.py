@@ -126,11 +126,17 @@ class MetricsWriter:
         self._alarms.append(asdict(alarm))
 
     def gradient_norms(
-        self, step: int, segments: Sequence[Segment], norms_m: Tensor, delta_w_m: Tensor | None, component_norms_r: Tensor | None
+        self,
+        step: int,
+        segments: Sequence[Segment],
+        norms_m: Tensor,
+        delta_w_m: Tensor | None = None,
+        component_norms_r: Tensor | None = None,
     ) -> None:
         """Adds the gradient norms of every adapter matrix; `segments` of the packed adapter.
 
-        norms_m: float [segments]. delta_w_m, component_norms_r: of `gradient_profile.delta_w_norms` and `rank_component_norms`.
+        norms_m: float [segments]. delta_w_m, component_norms_r: of `gradient_profile.delta_w_norms` and `rank_component_norms`; None =
+        null in all rows.
         """
         self._profile.add(step, segments, norms_m, delta_w_m, component_norms_r)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlora.alarms import Alarms
 from fastlora.atomic import DiskFullError
@@ -91,7 +92,9 @@ class Trainer:
         sums: dict[str, list[float]] = defaultdict(list)
         with timer("update"):
             for window in self._windows(data.batch):
-                self._optimizer_step(step, window, sums, writer)
+                norms = self._optimizer_step(window, sums)
+                if self.parts.adapter is not None:
+                    writer.gradient_norms(step, self.parts.flat.segments, *norms)
         writer.completions(data.samples)
         return self._finish_step(step, data, sums, timer.lap())
 
@@ -102,8 +105,11 @@ class Trainer:
         for first in range(0, len(micro_batches), trainer.gradient_accumulation_steps):
             yield micro_batches[first : first + trainer.gradient_accumulation_steps]
 
-    def _optimizer_step(self, step: int, window: list[TrainBatch], sums: dict[str, list[float]], writer: MetricsWriter) -> None:
-        """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`."""
+    def _optimizer_step(self, window: list[TrainBatch], sums: dict[str, list[float]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`.
+
+        Returns the norms of the gradient as `MetricsWriter.gradient_norms` takes them.
+        """
         total = 0.0
         for micro_batch in window:
             loss, metrics = self.parts.objective.loss(micro_batch)
@@ -112,19 +118,18 @@ class Trainer:
             total += loss.item()
             for name, value in metrics.items():
                 sums[name].append(float(value))
-        adapter, flat = self.parts.adapter, self.parts.flat
-        delta_w_m = None if adapter is None else delta_w_norms(adapter)  # before the step, which moves A
+        adapter = self.parts.adapter
+        delta_w_m = None if adapter is None else delta_w_norms(adapter)  # now, since the step moves A
+        component_norms_r = rank_component_norms(self.parts.flat) if self.config.log.rank_components else None
         lr = self.parts.learning_rates[self.done.optimizer_step]
         self._torn = True
         result = self.parts.optimizer.step(lr, loss_finite=math.isfinite(total))
-        if adapter is not None:
-            component_norms_r = rank_component_norms(flat) if self.config.log.rank_components else None
-            writer.gradient_norms(step, flat.segments, result.norms_m, delta_w_m, component_norms_r)
         self.parts.flat.grad.zero_()
         self.parts.objective.optimizer_stepped()
         self.done.optimizer_step += 1
         for name, number in (("loss", total), ("grad_norm", result.grad_norm), ("grad_clipped", float(result.clipped)), ("lr", lr)):
             sums[name].append(number)
+        return result.norms_m, delta_w_m, component_norms_r
 
     def _finish_step(self, step: int, data: StepData, sums: Mapping[str, list[float]], seconds: dict[str, float]) -> dict[str, float]:
         self._torn = False

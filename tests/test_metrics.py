@@ -109,7 +109,7 @@ def test_gradient_profile_is_the_table_that_was_given(tmp_path: Path) -> None:
 
 def test_gradient_profile_refuses_what_is_no_adapter_matrix(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match=r"embed_tokens\.weight is no adapter matrix"):
-        writer.gradient_norms(1, [Segment("model.embed_tokens.weight", 0, (3, 4), transposed=False)], torch.ones(1), None, None)
+        writer.gradient_norms(1, [Segment("model.embed_tokens.weight", 0, (3, 4), transposed=False)], torch.ones(1))
 
 
 @pytest.mark.parametrize(("name", "layer"), [("model.layers.3.self_attn.q_proj", 3), ("lm_head", -1), ("h.10.mlp.2.w", 10)])
