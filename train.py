@@ -5,7 +5,8 @@
     python train.py --resume runs/NAME                          go on where that run stopped, to the same bits
     python train.py --resume runs/NAME --resume-previous        the same from the last intact checkpoint if the newest is damaged
 
-Exit status: 0 done, 1 the run ended with an error, 2 the request cannot work, 3 trained but missed eval.required_gain, 130 stopped.
+Exit status: 0 done, 1 the run ended with an error, 2 the request cannot work, 3 trained but missed eval.required_gain, 4 stopped by an
+alarm, 130 stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from fastlora.config import ConfigError, RunConfig, load_config
 from fastlora.dry_run import dry_run
 from fastlora.errors import FastloraError
 from fastlora.session import resume_run, start_run
-from fastlora.trainer import StoppedError
+from fastlora.trainer import StoppedByAlarmError, StoppedError
+
+STOPPED_BY_ALARM = 4
+"""Exit status of a run that an alarm ended; it is saved and can be resumed."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig | None]:
@@ -49,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         if flags.dry_run:
             return dry_run(config, console)
         return start_run(config, flags.config, console)
+    except StoppedByAlarmError as error:
+        console.print("[bold red]Stopped by an alarm:[/] ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return STOPPED_BY_ALARM
     except StoppedError as error:
         console.print(f"[bold yellow]Stopped:[/] {error}", highlight=False)
         return 130

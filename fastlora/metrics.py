@@ -2,7 +2,8 @@
 
     metrics.jsonl             one JSON object a step                     MetricsWriter.step
     completions.jsonl         sampled completions, to be read            MetricsWriter.completions
-    gradient_profile.parquet  L2 norm of every dA and dB at every step   MetricsWriter.gradient_norms
+    alarms.jsonl              metrics that went where they must not      MetricsWriter.alarm
+    gradient_profile.parquet  gradient norms by matrix at every step     MetricsWriter.gradient_norms
     summary.json              what the run achieved                      RunSummary.write
     environment.json          versions, commit, hardware                 write_environment
 
@@ -23,19 +24,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from fastlora.alarms import Alarm
 from fastlora.atomic import atomic_write_bytes, atomic_write_text, naming_disk_full
 from fastlora.errors import FastloraError
 from fastlora.ops.adamw_step import Segment
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 GRADIENT_PROFILE_FILE = "gradient_profile.parquet"
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -49,6 +54,14 @@ GRADIENT_PROFILE_SCHEMA = pa.schema(
         ("matrix", pa.string()),  # "A" or "B"
         ("rank", pa.int32()),
         ("norm", pa.float32()),  # L2, of the accumulated gradient before clipping
+        (
+            "delta_w_norm",
+            pa.float32(),
+        ),  # of B: estimated ‖∂L/∂ΔW‖ of the module (fastlora/gradient_profile.py); of A, or under a mask: null
+        (
+            "component_norms",
+            pa.list_(pa.field("element", pa.float32())),
+        ),  # [rank], of each row of dA or dBᵀ; null unless log.rank_components
     ]
 )
 
@@ -77,7 +90,7 @@ class CompletionSample:
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl, completions.jsonl and gradient_profile.parquet of one run; a context manager.
+    """Writes metrics.jsonl, completions.jsonl, alarms.jsonl and gradient_profile.parquet of one run; a context manager.
 
     A new run (`resume_step` None) refuses a folder that already holds these files. A resumed one passes the first step that it
     will do again: rows of that step and later are removed first, so the files end equal to those of a run that was never
@@ -90,6 +103,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, tensorboard: bool = False, resume_step: int | None = None) -> None:
         self._metrics = _JsonLines(run_dir / METRICS_FILE, resume_step)
         self._completions = _JsonLines(run_dir / COMPLETIONS_FILE, resume_step)
+        self._alarms = _JsonLines(run_dir / ALARMS_FILE, resume_step)
         self._profile = _GradientProfile(run_dir / GRADIENT_PROFILE_FILE, resume_step)
         self._tensorboard = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
 
@@ -107,14 +121,30 @@ class MetricsWriter:
         for sample in samples:
             self._completions.append(asdict(sample))
 
-    def gradient_norms(self, step: int, segments: Sequence[Segment], norms_m: Tensor) -> None:
-        """Adds the gradient norm of every adapter matrix: `segments` of the packed adapter, norms_m float [matrices]."""
-        self._profile.add(step, segments, norms_m)
+    def alarm(self, alarm: Alarm) -> None:
+        """Appends one alarm."""
+        self._alarms.append(asdict(alarm))
+
+    def gradient_norms(
+        self,
+        step: int,
+        segments: Sequence[Segment],
+        norms_m: Tensor,
+        delta_w_m: Tensor | None = None,
+        component_norms_r: Tensor | None = None,
+    ) -> None:
+        """Adds the gradient norms of every adapter matrix; `segments` of the packed adapter.
+
+        norms_m: float [segments]. delta_w_m, component_norms_r: of `gradient_profile.delta_w_norms` and `rank_component_norms`; None =
+        null in all rows.
+        """
+        self._profile.add(step, segments, norms_m, delta_w_m, component_norms_r)
 
     def flush(self) -> None:
         """Brings everything onto the disk."""
         self._metrics.sync()
         self._completions.sync()
+        self._alarms.sync()
         self._profile.write()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -124,6 +154,7 @@ class MetricsWriter:
         self.flush()
         self._metrics.close()
         self._completions.close()
+        self._alarms.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -177,7 +208,7 @@ class _JsonLines:
 
 
 class _GradientProfile:
-    """The table of gradient norms: whole in memory (S1's 392,000 rows are 30 MB), rewritten atomically at each `write`."""
+    """The table of gradient norms: whole in memory (S1's 392,000 rows are 32 MB, 82 with components), rewritten whole at each `write`."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self._path = path
@@ -188,16 +219,21 @@ class _GradientProfile:
         else:
             self._tables = [read_gradient_profile(path).filter(pc.field("step") < resume_step)]
 
-    def add(self, step: int, segments: Sequence[Segment], norms_m: Tensor) -> None:
+    def add(
+        self, step: int, segments: Sequence[Segment], norms_m: Tensor, delta_w_m: Tensor | None, component_norms_r: Tensor | None
+    ) -> None:
         keys = [_adapter_matrix(segment.name) for segment in segments]
+        ranks = [segment.shape[0] for segment in segments]  # both A [r, d] and B, stored [r, n], have the rank first
         columns = [
             [step] * len(keys),
             [module for module, _ in keys],
             [layer_of(module) for module, _ in keys],
             [module.rpartition(".")[2] for module, _ in keys],
             [matrix for _, matrix in keys],
-            [segment.shape[0] for segment in segments],  # both A [r, d] and B, stored [r, n], have the rank first
-            norms_m.detach().to("cpu", torch.float32).numpy(),
+            ranks,
+            _float32(norms_m),
+            _estimates(delta_w_m, keys),
+            _lists(component_norms_r, ranks),
         ]
         self._tables.append(pa.table(columns, schema=GRADIENT_PROFILE_SCHEMA))
 
@@ -206,6 +242,26 @@ class _GradientProfile:
         sink = pa.BufferOutputStream()
         pq.write_table(self._tables[0], sink)
         atomic_write_bytes(self._path, sink.getvalue().to_pybytes())
+
+
+def _float32(values: Tensor) -> NDArray[np.float32]:
+    return values.detach().to("cpu", torch.float32).numpy()
+
+
+def _estimates(delta_w_m: Tensor | None, keys: Sequence[tuple[str, str]]) -> pa.Array:
+    """The column of ‖∂L/∂ΔW‖: null at every A, and everywhere if there is none."""
+    if delta_w_m is None:
+        return pa.nulls(len(keys), pa.float32())
+    return pa.array(_float32(delta_w_m), mask=np.array([matrix == "A" for _, matrix in keys], dtype=bool))
+
+
+def _lists(component_norms_r: Tensor | None, ranks: Sequence[int]) -> pa.Array:
+    """The column of component norms: one list of `rank` numbers a matrix, or null."""
+    column = GRADIENT_PROFILE_SCHEMA.field("component_norms").type
+    if component_norms_r is None:
+        return pa.nulls(len(ranks), column)
+    offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, _float32(component_norms_r), type=column)
 
 
 def read_gradient_profile(path: Path) -> pa.Table:

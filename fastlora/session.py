@@ -68,7 +68,7 @@ def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, c
             ):
                 trainer.run(writer, progress, check_interrupt)
         except StoppedError as stop:
-            raise StoppedError(f"{stop}. Continue with: python train.py --resume {folder.path}") from None
+            raise type(stop)(f"{stop}. Continue with: python train.py --resume {folder.path}") from None
         except FastloraError as error:
             raise type(error)(f"{error}\n{_how_to_go_on(folder)}") from error
         after = _evaluation(config, parts, folder, "after", trainer.done.optimizer_step, console)

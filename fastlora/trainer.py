@@ -1,7 +1,7 @@
 """The training loop: collect, score, backward, step; metrics, evaluation and checkpoints around it.
 
 `Trainer.run` reads like the algorithm. Everything random is a function of the run's seed and the step, so that the state between
-steps is the parameters, the optimizer, the objective's few numbers and the step itself.
+steps is the parameters, the optimizer, the few numbers of objective and alarms, and the step itself.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastlora.alarms import Alarms
 from fastlora.atomic import DiskFullError
 from fastlora.build import Parts, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
 from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 from fastlora.evaluate import Evaluation, answer_greedily
+from fastlora.gradient_profile import delta_w_norms, rank_component_norms
 from fastlora.gradient_structure import ConsecutiveCosine
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
 from fastlora.objectives import StepData
 from fastlora.ops.registry import use_implementation
-from fastlora.optim import StepResult
 from fastlora.progress import StepTimer, TrainingProgress
 from fastlora.run_folder import RunFolder
 from fastlora.types import TrainBatch
@@ -34,6 +36,10 @@ from fastlora.types import TrainBatch
 
 class StoppedError(FastloraError):
     """The run ended early; the message says why, what is saved and how to go on."""
+
+
+class StoppedByAlarmError(StoppedError):
+    """An alarm whose action is "stop" went off; the run is saved, and resuming it goes on past the alarm."""
 
 
 @dataclass(slots=True)
@@ -58,6 +64,7 @@ class Trainer:
         self.done = Done()
         self._torn = False  # parameters have moved since the last finished step
         self._cosine = ConsecutiveCosine(parts.flat.grad) if config.log.gradient_cosine else None
+        self._alarms = Alarms(config)
         if resume_from is not None:
             self._restore(resume_from)
 
@@ -74,6 +81,7 @@ class Trainer:
                 finally:  # the step is finished and will not be done again, whatever becomes of its evaluation
                     writer.step(step, metrics)
                 progress.update({"step": step, **metrics})
+                self._check_alarms(step, metrics, writer, progress)
                 if step == trainer.steps or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
                     self._save(writer)
                 check_interrupt()
@@ -86,9 +94,9 @@ class Trainer:
         sums: dict[str, list[float]] = defaultdict(list)
         with timer("update"):
             for window in self._windows(data.batch):
-                result = self._optimizer_step(window, sums)
+                norms = self._optimizer_step(window, sums)
                 if self.parts.adapter is not None:
-                    writer.gradient_norms(step, self.parts.flat.segments, result.norms_m)
+                    writer.gradient_norms(step, self.parts.flat.segments, *norms)
         writer.completions(data.samples)
         return self._finish_step(step, data, sums, timer.lap())
 
@@ -99,8 +107,11 @@ class Trainer:
         for first in range(0, len(micro_batches), trainer.gradient_accumulation_steps):
             yield micro_batches[first : first + trainer.gradient_accumulation_steps]
 
-    def _optimizer_step(self, window: list[TrainBatch], sums: dict[str, list[float]]) -> StepResult:
-        """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`."""
+    def _optimizer_step(self, window: list[TrainBatch], sums: dict[str, list[float]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`.
+
+        Returns the norms of the gradient as `MetricsWriter.gradient_norms` takes them.
+        """
         total = 0.0
         for micro_batch in window:
             loss, metrics = self.parts.objective.loss(micro_batch)
@@ -109,6 +120,9 @@ class Trainer:
             total += loss.item()
             for name, value in metrics.items():
                 sums[name].append(float(value))
+        adapter = self.parts.adapter
+        delta_w_m = None if adapter is None else delta_w_norms(adapter)  # now, since the step moves A
+        component_norms_r = rank_component_norms(self.parts.flat) if self.config.log.rank_components else None
         lr = self.parts.learning_rates[self.done.optimizer_step]
         self._torn = True
         result = self.parts.optimizer.step(lr, loss_finite=math.isfinite(total))
@@ -119,7 +133,7 @@ class Trainer:
         self.done.optimizer_step += 1
         for name, number in (("loss", total), ("grad_norm", result.grad_norm), ("grad_clipped", float(result.clipped)), ("lr", lr)):
             sums[name].append(number)
-        return result
+        return result.norms_m, delta_w_m, component_norms_r
 
     def _finish_step(self, step: int, data: StepData, sums: Mapping[str, list[float]], seconds: dict[str, float]) -> dict[str, float]:
         self._torn = False
@@ -137,6 +151,15 @@ class Trainer:
             "skipped_steps": float(self.parts.optimizer.steps_skipped),
             "memory/peak_bytes": float(peak_memory_bytes(self.parts.model.device)),
         }
+
+    def _check_alarms(self, step: int, metrics: Mapping[str, float], writer: MetricsWriter, progress: TrainingProgress) -> None:
+        """Writes and says what went off. Raises StoppedByAlarmError if that is an alarm's action."""
+        alarms = self._alarms.check(step, metrics)
+        for alarm in alarms:
+            writer.alarm(alarm)
+            progress.note(f"alarm: {alarm}")
+        if fatal := [str(alarm) for alarm in alarms if alarm.action == "stop"]:
+            raise StoppedByAlarmError("; ".join(fatal))
 
     def _evaluate(self) -> dict[str, float]:
         """Greedy accuracy on the first problems of the held-out split."""
@@ -159,6 +182,7 @@ class Trainer:
             "progress": {name: getattr(self.done, name) for name in Done.__slots__},
             "optimizer": optimizer,
             "objective": objective,
+            "alarms": self._alarms.state(),
             "rng": rng_json,
         }
         save_checkpoint(
@@ -178,6 +202,7 @@ class Trainer:
             self._cosine.last.copy_(tensors["last_gradient"])
         self.parts.optimizer.load_state_dict(_joined_tensors("optimizer", tensors) | state["optimizer"])
         self.parts.objective.restore(_joined_tensors("objective", tensors) | state["objective"])
+        self._alarms.restore(state["alarms"])
         self.done = Done(**state["progress"])
         restore_rng_state(tensors, state["rng"])
 

@@ -61,6 +61,9 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
         ("[optim]\nbetas = [0.9, 1.0]", r"run.toml: optim.betas.1: .*less than 1"),
         ("[trainer]\nsteps = 0", r"run.toml: trainer.steps: .*greater than 0"),
         ("optim = 3", r"run.toml: optim: "),
+        ("[alarms.entropy]\nthreshold = nan", r"run.toml: alarms.entropy.threshold: .*finite number"),
+        ("[alarms.entropy]\naction = 'shout'", r"run.toml: alarms.entropy.action: .*'warn' or 'stop'"),
+        ("[alarms.boredom]\nthreshold = 1.0", r"run.toml: alarms.boredom: unknown key"),
         ("[optim\nlr = 1", r"run.toml: not valid TOML: .*line 1"),
         ("seed = 1\nseed = 2", r"run.toml: not valid TOML: .*"),
     ],
@@ -101,6 +104,7 @@ def test_bad_overrides_end_the_command(overrides: list[str], capsys: pytest.Capt
     ("overrides", "message"),
     [
         (["--lora.r", "-1"], "lora.r: .*greater than or equal to 0"),
+        (["--alarms.truncated.patience", "0"], r"alarms\.\*\.patience: .*greater than 0"),
         (["--rollout.num-generations", "1"], "num_generations = 1 with advantage.scale_rewards = 'group'"),
     ],
 )
@@ -165,6 +169,9 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "full with a mask": ("method = 'full'\n[lora]\nb_mask = 'm.safetensors'", "method = 'full' trains every weight"),
     "full in 4 bits": ("method = 'full'\n[model]\nquantization = 'nf4'", "4-bit weights cannot be trained"),
     "full with a reference": ("method = 'full'\n[loss]\nbeta = 0.1", "loss.beta > 0 needs a reference policy"),
+    "full with rank components": ("method = 'full'\n[log]\nrank_components = true", "method = 'full' has no rank components"),
+    "alarms without a policy": ("objective = 'sft'\n[alarms.entropy]\nthreshold = 0.1", r"\[alarms\] watches the policy"),
+    "mismatch with oneself": ("[alarms.mismatch]\nthreshold = 0.1", "alarms.mismatch watches a sampler that is not the trainer"),
 }
 
 

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastlora",
+        "fastlora.alarms",
         "fastlora.allocator",
         "fastlora.atomic",
         "fastlora.config",
@@ -43,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.data",
         "fastlora.flat",
         "fastlora.fused_layers",
+        "fastlora.gradient_profile",
         "fastlora.kv_cache",
         "fastlora.lora",
         "fastlora.losses",

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fastlora.alarms import Alarm
 from fastlora.atomic import DiskFullError
 from fastlora.metrics import (
     CompletionSample,
@@ -23,7 +24,8 @@ from fastlora.metrics import (
 )
 from fastlora.ops.adamw_step import Segment
 
-FILES = ("metrics.jsonl", "completions.jsonl", "gradient_profile.parquet")
+JSON_FILES = ("metrics.jsonl", "completions.jsonl", "alarms.jsonl")
+FILES = (*JSON_FILES, "gradient_profile.parquet")
 
 SEGMENTS = [  # uneven ranks; gate_proj has rank 0 and so no segments; down_proj's A is frozen and has none
     Segment("model.layers.0.self_attn.q_proj.lora_A", 0, (3, 8), transposed=False),
@@ -35,7 +37,9 @@ SEGMENTS = [  # uneven ranks; gate_proj has rank 0 and so no segments; down_proj
 def write_step(writer: MetricsWriter, step: int) -> None:
     writer.step(step, {"loss": 1 / step, "reward/mean": step / 7})
     writer.completions([CompletionSample(step, "p", f"line\u2028{step} é", "4", {"outcome": 1.0}, 0.5, 3, True, step - 1)])
-    writer.gradient_norms(step, SEGMENTS, torch.arange(3.0) + step / 3)
+    writer.alarm(Alarm(step, "entropy", "entropy", 0.1, 0.2, "below", step, "warn"))
+    components = torch.arange(3 + 3 + 17) / step
+    writer.gradient_norms(step, SEGMENTS, torch.arange(3.0) + step / 3, torch.tensor([math.nan, step, math.nan]), components)
 
 
 def unbroken(folder: Path, steps: int) -> dict[str, bytes]:
@@ -73,15 +77,18 @@ def test_an_accuracy_without_its_n_is_refused(tmp_path: Path) -> None:
 
 def test_gradient_profile_is_the_table_that_was_given(tmp_path: Path) -> None:
     norms = {step: torch.rand(3, dtype=torch.float64) for step in (1, 2, 3)}
+    delta_w = {1: torch.tensor([math.nan, 2.5, math.nan]), 2: None, 3: torch.tensor([9.0, 0.0, 4.0])}
+    components = {1: None, 2: torch.rand(3 + 3 + 17), 3: None}
     with MetricsWriter(tmp_path) as writer:
         for step, values in norms.items():
-            writer.gradient_norms(step, SEGMENTS, values)
+            writer.gradient_norms(step, SEGMENTS, values, delta_w[step], components[step])
             if step == 2:
                 writer.flush()
     table = pq.read_table(tmp_path / "gradient_profile.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
         ("step", "int32"), ("module", "string"), ("layer", "int32"), ("projection", "string"),
-        ("matrix", "string"), ("rank", "int32"), ("norm", "float"),
+        ("matrix", "string"), ("rank", "int32"), ("norm", "float"), ("delta_w_norm", "float"),
+        ("component_norms", "list<element: float>"),
     ]  # fmt: skip
     rows = table.to_pylist()
     assert [row["step"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -92,6 +99,12 @@ def test_gradient_profile_is_the_table_that_was_given(tmp_path: Path) -> None:
     ]
     expected = torch.cat([norms[step] for step in (1, 2, 3)]).float().numpy()
     np.testing.assert_array_equal(table["norm"].to_numpy(), expected)
+    estimates = table["delta_w_norm"].to_pylist()
+    assert estimates[0] is None and estimates[1] == 2.5 and math.isnan(estimates[2]), "null at A; NaN is a value"
+    assert estimates[3:] == [None, None, None, None, 0.0, 4.0]
+    assert components[2] is not None
+    lists = [None] * 3 + [part.tolist() for part in components[2].split([3, 3, 17])] + [None] * 3
+    assert table["component_norms"].to_pylist() == lists
 
 
 def test_gradient_profile_refuses_what_is_no_adapter_matrix(tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def test_resumed_files_equal_unbroken_ones(tmp_path: Path, resume_step: int) -> 
         write_step(writer, step)
         writer.flush()
     write_step(writer, 5)  # not flushed: the profile's rows of step 5 are lost with the process
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in JSON_FILES:
         with (run / name).open("a") as file:
             file.write('{"step": 5, "lo')
     with MetricsWriter(run, resume_step=resume_step) as resumed:

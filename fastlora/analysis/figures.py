@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from fastlora.analysis.gradient_profile import LayerNorms, layer_norms
+from fastlora.analysis.gradient_profile import LayerNorms, Measure, layer_norms, measures
 from fastlora.analysis.run_reader import Run
 from fastlora.analysis.theme import SERIES, THEME, WIDTH, legend_above, styled, svg_element, ticks
 from fastlora.metrics import layer_of
@@ -66,6 +66,9 @@ MISMATCH = {
     "mismatch/abs_max": "largest",
 }
 """Sizes of the difference between sampler and trainer, and their names in the figure that has them beside `mismatch_kl`."""
+
+MEASURES: dict[Measure, str] = {"raw": "‖g‖", "rank_normalised": "‖g‖ / √r", "delta_w": "‖∂L/∂ΔW‖"}
+"""Measures of the gradient profile, as the figures write them."""
 
 SHOWN_ELSEWHERE = ("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems")
 
@@ -150,7 +153,7 @@ def _error_bars(ax: Axes, points: Sequence[tuple[float, float, tuple[float, floa
 
 @_as_svg
 def metric_panels(run: Run) -> Figure:
-    """Small multiples of every metric that changes during the run."""
+    """Small multiples of every metric that changes during the run; a line where an alarm went off on it."""
     panels = panels_of(run)
     columns = 3
     rows = -(-len(panels) // columns)
@@ -160,6 +163,9 @@ def metric_panels(run: Run) -> Figure:
         for name, color in zip(panel.names, SERIES, strict=False):
             label = name.rpartition("/")[2].removesuffix("_mean")
             ax.plot(run.metrics["step"], run.metrics[name] * panel.scale, color=color, linewidth=1.3, label=label)
+        for alarm in run.alarms:
+            if alarm.metric in panel.names:
+                ax.axvline(alarm.step, color=THEME["bad"], linewidth=1.2, linestyle=(0, (2, 2)))
         ax.set(title=panel.title, ylabel=panel.unit)
         ax.yaxis.set_major_locator(ticks(4))
         ax.xaxis.set_major_locator(ticks(5))
@@ -255,25 +261,43 @@ def rank_matrix(run: Run) -> Figure:
 @_as_svg
 def gradient_heat_maps(run: Run) -> Figure:
     """Layer × step: dA and dB, raw and divided by √r; one logarithmic colour scale per column."""
+    by_matrix: tuple[Measure, ...] = ("raw", "rank_normalised")
     figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    for column, (normalised, symbol) in enumerate(((False, "‖g‖"), (True, "‖g‖ / √r"))):
-        maps = {matrix: layer_norms(run.gradient_profile, matrix, normalised) for matrix in "AB"}
+    for column, measure in enumerate(by_matrix):
+        maps = {matrix: layer_norms(run.gradient_profile, measure, matrix) for matrix in "AB"}
         positive = np.concatenate([norms.norms_ls[norms.norms_ls > 0] for norms in maps.values()])
         colors = LogNorm(positive.min(), positive.max())
         for ax, (matrix, norms) in zip(axes[:, column], maps.items(), strict=True):
             image = draw_heat_map(ax, norms, colors)
-            ax.set_title(f"d{matrix}, {symbol}")
-        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", shrink=0.9, aspect=45, pad=0.02)
-        bar.set_label(f"{symbol} of a layer's gradient, log scale")
-        for mesh in bar.ax.collections:
-            mesh.set_rasterized(True)  # one image instead of 256 paths
-        bar.outline.set_visible(False)
+            ax.set_title(f"d{matrix}, {MEASURES[measure]}")
+        _color_bar(figure, image, axes[:, column], f"{MEASURES[measure]} of a layer's gradient, log scale", "bottom")
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     return figure
+
+
+@_as_svg
+def delta_w_heat_map(run: Run) -> Figure:
+    """Layer × step of the norm of the gradient with respect to ΔW."""
+    norms = layer_norms(run.gradient_profile, "delta_w")
+    positive = norms.norms_ls[norms.norms_ls > 0]
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    ax = figure.subplots()
+    image = draw_heat_map(ax, norms, LogNorm(positive.min(), positive.max()))
+    ax.set(title=f"{MEASURES['delta_w']}, estimated", xlabel="step", ylabel="layer")
+    _color_bar(figure, image, [ax], "log scale", "right")
+    return figure
+
+
+def _color_bar(figure: Figure, image: matplotlib.image.AxesImage, axes: Sequence[Axes], label: str, location: str) -> None:
+    bar = figure.colorbar(image, ax=axes, location=location, shrink=0.9, aspect=45 if location == "bottom" else 20, pad=0.02)
+    bar.set_label(label)
+    for mesh in bar.ax.collections:
+        mesh.set_rasterized(True)  # one image instead of 256 paths
+    bar.outline.set_visible(False)
 
 
 def draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.image.AxesImage:
@@ -289,22 +313,21 @@ def draw_heat_map(ax: Axes, norms: LayerNorms, colors: LogNorm) -> matplotlib.im
 
 @_as_svg
 def gradient_shares(run: Run) -> Figure:
-    """Each layer's share of the summed gradient norm, raw beside rank-normalised."""
+    """Each layer's share of the summed gradient norm, in all measures that the profile has."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     ax = figure.subplots()
-    for offset, normalised, color, label in (
-        (-0.2, False, SERIES[0], "raw, ‖g‖"),
-        (0.2, True, SERIES[1], "rank-normalised, ‖g‖ / √r"),
-    ):
-        norms = layer_norms(run.gradient_profile, rank_normalised=normalised)
-        ax.bar(norms.layers + offset, norms.share_l, width=0.38, color=color, label=label)
+    shown = measures(run.gradient_profile)
+    width = 0.8 / len(shown)
+    for i, (measure, color) in enumerate(zip(shown, SERIES, strict=False)):
+        norms = layer_norms(run.gradient_profile, measure)
+        ax.bar(norms.layers + (i - (len(shown) - 1) / 2) * width, norms.share_l, width=0.95 * width, color=color, label=MEASURES[measure])
     ax.axhline(1 / len(norms.layers), color=THEME["muted"], linewidth=1, linestyle=(0, (4, 3)), label="equal shares")
     ax.set(title="Share per layer, mean over steps", xlabel="layer", ylabel="share of Σ norm")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.xaxis.set_major_locator(ticks(30))
     ax.margins(x=0.01)
     ax.grid(axis="x", visible=False)
-    legend_above(ax, 3)
+    legend_above(ax, len(shown) + 1)
     return figure
 
 

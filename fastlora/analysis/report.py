@@ -8,6 +8,7 @@ Nothing is fetched when it is opened: figures are inline SVG, style is inline. W
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastlora.analysis import figures
-from fastlora.analysis.gradient_profile import has_gradient, layer_norms
+from fastlora.analysis.gradient_profile import has_gradient, layer_norms, measures
 from fastlora.analysis.run_reader import Run, RunReadError, read_run
 from fastlora.atomic import atomic_write_text
 from fastlora.evaluate import Answer
@@ -86,6 +87,7 @@ def render_report(run: Run) -> str:
         figures={name: Markup(svg) for name, svg in _figures(run).items()},
         constant=figures.constant_metrics(run),
         gradient=gradient_facts(run) if has_gradient(run.gradient_profile) else None,
+        top_layers=TOP_LAYERS,
         time=time_facts(run),
         ranks=list(run.summary.rank_pattern.values()),
         settings=list(_flat(run.config)),
@@ -108,6 +110,8 @@ def _figures(run: Run) -> dict[str, str]:
         drawn["ranks"] = figures.rank_matrix(run)
     if has_gradient(run.gradient_profile):
         drawn |= {"gradients": figures.gradient_heat_maps(run), "shares": figures.gradient_shares(run)}
+        if "delta_w" in measures(run.gradient_profile):
+            drawn["delta_w"] = figures.delta_w_heat_map(run)
     return drawn
 
 
@@ -145,16 +149,29 @@ def _chosen(pairs: list[Pair]) -> Iterator[Pair]:
         yield from [pair for pair in pairs if pair.kind == kind][:number]
 
 
-def gradient_facts(run: Run) -> dict[str, float]:
-    """What the caption says about the gradient: spread of the layers' shares and what the strongest layers carry."""
-    raw, normalised = layer_norms(run.gradient_profile), layer_norms(run.gradient_profile, rank_normalised=True)
-    return {
-        "ratio_raw": raw.share_ratio,
-        "ratio_normalised": normalised.share_ratio,
-        "top_fraction": TOP_LAYERS,
-        "top_raw": raw.top_share(TOP_LAYERS),
-        "top_normalised": normalised.top_share(TOP_LAYERS),
-    }
+@dataclass(frozen=True, slots=True)
+class GradientFacts:
+    """One row of the table below the shares."""
+
+    measure: str
+    """As the figures write it."""
+    ratio: float
+    """Largest share over smallest."""
+    top: float
+    """Share of the strongest `TOP_LAYERS`."""
+    early_late: float | None
+    """Correlation of the first third of the steps with the last; None below 3 steps or when shares are all alike."""
+
+
+def gradient_facts(run: Run) -> list[GradientFacts]:
+    """What the page says about the gradient's shares, by measure."""
+    facts = []
+    for measure in measures(run.gradient_profile):
+        norms = layer_norms(run.gradient_profile, measure)
+        early_late = norms.early_late_correlation if norms.shares_ls.shape[1] >= 3 else math.nan
+        shown = early_late if math.isfinite(early_late) else None
+        facts.append(GradientFacts(figures.MEASURES[measure], norms.share_ratio, norms.top_share(TOP_LAYERS), shown))
+    return facts
 
 
 def time_facts(run: Run) -> dict[str, float]:

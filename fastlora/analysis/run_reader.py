@@ -12,9 +12,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from fastlora.alarms import Alarm
 from fastlora.errors import FastloraError
 from fastlora.evaluate import Answer
 from fastlora.metrics import (
+    ALARMS_FILE,
     COMPLETIONS_FILE,
     ENVIRONMENT_FILE,
     GRADIENT_PROFILE_FILE,
@@ -48,6 +50,8 @@ class Run:
     """`fastlora.metrics.GRADIENT_PROFILE_SCHEMA`; empty in full fine-tuning."""
     completions: tuple[CompletionSample, ...]
     """Sampled while training; empty if none were kept."""
+    alarms: tuple[Alarm, ...]
+    """Those that went off, in order."""
     eval_before: tuple[Answer, ...]
     """The held-out problems, answered by the base model."""
     eval_after: tuple[Answer, ...]
@@ -75,6 +79,7 @@ def read_run(run_dir: Path) -> Run:
         metrics=_read_metrics(run_dir / METRICS_FILE),
         gradient_profile=read_gradient_profile(run_dir / GRADIENT_PROFILE_FILE),
         completions=tuple(_read_lines(run_dir / COMPLETIONS_FILE, TypeAdapter(CompletionSample))),
+        alarms=tuple(_read_lines(run_dir / ALARMS_FILE, TypeAdapter(Alarm))),
         eval_before=before,
         eval_after=after,
     )

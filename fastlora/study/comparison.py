@@ -1,9 +1,9 @@
 """Strategies compared on the same held-out problems with the same seeds: accuracies, gaps, and what a gap of that size would need.
 
-    accuracy of a strategy    mean over seeds and problems, interval by resampling both   (statistics.paired_bootstrap against zeros)
-    gap of two strategies     paired bootstrap over problems and seeds, p after Holm over all gaps of the table
-                              exact McNemar per seed beside it
-    what a gap needs          problems (one seed: Connor's formula), or problems and seeds (variance components), at power .8
+accuracy of a strategy    mean over seeds and problems, interval by resampling both   (statistics.paired_bootstrap against zeros)
+gap of two strategies     paired bootstrap over problems and seeds, p after Holm over all gaps of the table
+                          exact McNemar per seed beside it
+what a gap needs          problems (one seed: Connor's formula), or problems and seeds (variance components), at power .8
 """
 
 from __future__ import annotations

@@ -56,10 +56,13 @@ class LayerSelection:
         """Probes, runs, and what they forgot."""
         options = {"batches": self.own.batches, "batch_size": self.own.batch_size}
         folders = yield [
-            Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed}) for seed in self.config.seeds
+            Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed})
+            for seed in self.config.seeds
         ]
         cells = [
-            Cell(named(selection, objective, seed), self._run(self._chosen(selection, folders[f"probe/seed-{seed}"], seed), objective, seed))
+            Cell(
+                named(selection, objective, seed), self._run(self._chosen(selection, folders[f"probe/seed-{seed}"], seed), objective, seed)
+            )
             for objective in self.own.objectives
             for selection in self.own.selections
             for seed in self.config.seeds
@@ -184,7 +187,9 @@ class LayerSelection:
         found = [read_probe(folder / PROBE_FILE) for folder in probes.values()]
         rows = tuple((layer, *(one.layers[layer] for one in found)) for layer in found[0].layers)
         cost = "; ".join(f"{one.seconds:.1f} s, peak {one.peak_bytes / 2**30:.2f} GiB" for one in found)
-        return Table("probe", "Scores of the layers", ("layer", *(name.partition("/")[2] for name in probes)), rows, f"The probes took {cost}.")
+        return Table(
+            "probe", "Scores of the layers", ("layer", *(name.partition("/")[2] for name in probes)), rows, f"The probes took {cost}."
+        )
 
     def _pictures(self, cells: Cells, probes: Mapping[str, Path], times: Mapping[str, Estimate]) -> tuple[Picture, ...]:
         scores = {
@@ -192,7 +197,9 @@ class LayerSelection:
             for name, folder in probes.items()
         }
         pictures = [
-            Picture("probe-scores", "Scores of the layers", against(scores, "layer", "Σ ‖∂L/∂θ‖", percent=False), "One curve a set of batches."),
+            Picture(
+                "probe-scores", "Scores of the layers", against(scores, "layer", "Σ ‖∂L/∂θ‖", percent=False), "One curve a set of batches."
+            ),
             Picture(
                 "accuracy-by-selection",
                 "Accuracy",

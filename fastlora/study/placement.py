@@ -108,7 +108,9 @@ class Placement:
         yield cells
 
     def _run(self, objective: str, seed: int, lora: Mapping[str, Any]) -> RunConfig:
-        return self.config.run_config({"seed": seed, "objective": objective, "lora": {"init_seed": A_SEED, **lora}}, f"{objective}, seed {seed}")
+        return self.config.run_config(
+            {"seed": seed, "objective": objective, "lora": {"init_seed": A_SEED, **lora}}, f"{objective}, seed {seed}"
+        )
 
     def _masks(self, folder: Path, seed: int) -> Iterator[tuple[str, Path]]:
         """(name of score, k and scope; file) of every mask, written unless it is there."""
@@ -205,13 +207,21 @@ class Placement:
         adjusted = holm([p for *_, p in tested.values()]).adjusted
         for (name, (chosen, chance, _)), p in zip(tested.items(), adjusted, strict=True):
             decision = by_p_value(
-                chosen - chance, p, "higher", "share of V, O and down minus their share of entries", test_name="exact hypergeometric test, Holm"
+                chosen - chance,
+                p,
+                "higher",
+                "share of V, O and down minus their share of entries",
+                test_name="exact hypergeometric test, Holm",
             )
-            yield decision.claim(f"{name}: the chosen entries concentrate on V, O and down", source=f"{SOURCE}, figure 5", published="concentrated")
+            yield decision.claim(
+                f"{name}: the chosen entries concentrate on V, O and down", source=f"{SOURCE}, figure 5", published="concentrated"
+            )
 
     def _cost_claims(self, cells: Cells, structures: list[Structured]) -> Iterator[Claim]:
         for one in structures:
-            steps = [float(np.sum(list(cell.seconds.values()))) / cell.run.summary.steps for cell in cells[f"lora-{one.objective}"].values()]
+            steps = [
+                float(np.sum(list(cell.seconds.values()))) / cell.run.summary.steps for cell in cells[f"lora-{one.objective}"].values()
+            ]
             share = one.seconds / (PUBLISHED_STEPS * float(np.mean(steps)))
             here = one.seconds / (self.config.base_run().trainer.steps * float(np.mean(steps)))
             held = {f"{share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of the steps here": share < MOST_SHARE}
@@ -237,7 +247,16 @@ class Placement:
             for seed, cell in by_seed.items():
                 summary = cell.run.summary
                 update = float(np.median(cell.column("seconds/update")))
-                rows.append((name, seed, summary.trainable_parameters, 8 * summary.trainable_parameters / 2**20, update, summary.peak_memory_bytes / 2**30))
+                rows.append(
+                    (
+                        name,
+                        seed,
+                        summary.trainable_parameters,
+                        8 * summary.trainable_parameters / 2**20,
+                        update,
+                        summary.peak_memory_bytes / 2**30,
+                    )
+                )
         return Table(
             "cost",
             "What k entries cost",
@@ -255,12 +274,20 @@ class Placement:
         }
         length = min(one.batches for one in structures) - 1
         cosines = {
-            objective: np.array([_consecutive(one)[:length] for one in structures if one.objective == objective]) for objective in self.own.objectives
+            objective: np.array([_consecutive(one)[:length] for one in structures if one.objective == objective])
+            for objective in self.own.objectives
         }
         panel = CurvePanel("", "cosine", np.arange(1, length + 1), cosines, references={"orthogonal": 0.0})
         return (
-            Picture("projections-chosen", "Where the chosen entries are", stacked_shares(shares, "share of the chosen entries"), f"Seed {first}."),
-            Picture("cosines", "Cosine of consecutive gradients", curves([panel]), "Of the scoring batches; mean of the seeds, and their range."),
+            Picture(
+                "projections-chosen",
+                "Where the chosen entries are",
+                stacked_shares(shares, "share of the chosen entries"),
+                f"Seed {first}.",
+            ),
+            Picture(
+                "cosines", "Cosine of consecutive gradients", curves([panel]), "Of the scoring batches; mean of the seeds, and their range."
+            ),
             Picture("accuracy-by-k", "Accuracy against k", self._accuracy_by_k(cells), "95 % intervals; scope " + self.own.scopes[0] + "."),
             Picture(
                 "accuracy-by-cell",
@@ -312,7 +339,9 @@ def _contrast(text: str, measure: str, sft: Structured, grpo: Structured) -> Cla
     value = a.value - b.value
     what = f"{measure.replace('_', ' ')}, {one.objective} − {two.objective} (jackknife over batches)"
     published = "SFT low-rank and stable, GRPO high-rank and nearly orthogonal"
-    return by_interval(value, (value - reach, value + reach), above(0.0), what).claim(text, source=f"{SOURCE}, figure 3", published=published)
+    return by_interval(value, (value - reach, value + reach), above(0.0), what).claim(
+        text, source=f"{SOURCE}, figure 3", published=published
+    )
 
 
 def _concentration(mask: Mapping[str, Tensor]) -> tuple[float, float, float]:
@@ -331,7 +360,15 @@ def _structure_table(structures: list[Structured]) -> Table:
         everything = np.arange(one.batches)
         ranks = [leave_one_out(measure, one.batches) for measure in (one.stable_rank, one.effective_rank)]
         rows.append(
-            (one.objective, one.seed, one.batches, one.silent, one.cosine(everything), *(x for r in ranks for x in (r.value, r.low, r.high)), one.seconds)
+            (
+                one.objective,
+                one.seed,
+                one.batches,
+                one.silent,
+                one.cosine(everything),
+                *(x for r in ranks for x in (r.value, r.low, r.high)),
+                one.seconds,
+            )
         )
     columns = ("stable rank", "stable low", "stable high", "effective rank", "effective low", "effective high")
     return Table(

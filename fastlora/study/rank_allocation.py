@@ -200,9 +200,7 @@ class RankAllocation:
         return tuple(cell.ranks.get(names[0], 0) for names in self.layers)
 
     def _mechanism_claims(self, main: Cells, profiled: list[Profiled]) -> Iterator[Claim]:
-        kept = {
-            f"{one.strategy}/seed-{one.seed}": sum(one.ranks_l) == self.budget for one in profiled if one.strategy != "reduced"
-        }
+        kept = {f"{one.strategy}/seed-{one.seed}": sum(one.ranks_l) == self.budget for one in profiled if one.strategy != "reduced"}
         yield by_property(kept, f"Σ r over layers = {self.budget}").claim(
             "Every strategy but `reduced` spends the same budget", source=f"{SOURCE}, section 3", published="36.9 M parameters each"
         )
@@ -213,7 +211,9 @@ class RankAllocation:
             lambda steps: _top_share(uniform.norms["raw"], steps),
             below(FLAT),
             f"share of the strongest {TOP_LAYERS:.0%} of layers, uniform ranks, seed {first}",
-        ).claim("Under GRPO the gradient is spread flatly over the layers", source=f"{SOURCE}, section 4", published="36 % (SFT: above 80 %)")
+        ).claim(
+            "Under GRPO the gradient is spread flatly over the layers", source=f"{SOURCE}, section 4", published="36 % (SFT: above 80 %)"
+        )
         shares_ls = uniform.norms["raw"].shares_ls
         third = shares_ls.shape[1] // 3
         stable = correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())

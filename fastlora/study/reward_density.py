@@ -68,7 +68,13 @@ class RewardDensity:
 
     def _teacher(self, seed: int) -> RunConfig:
         return self.config.run_config(
-            {"seed": seed, "lora.r": self.own.teacher_rank, "optim.lr": self.own.teacher_lr, "trainer.steps": self.own.teacher_steps, **self._lora()},
+            {
+                "seed": seed,
+                "lora.r": self.own.teacher_rank,
+                "optim.lr": self.own.teacher_lr,
+                "trainer.steps": self.own.teacher_steps,
+                **self._lora(),
+            },
             f"{TEACHER}, seed {seed}",
         )
 
@@ -128,9 +134,7 @@ class RewardDensity:
     def _peaks(self, students: Cells, regime: str) -> list[float]:
         """Largest advantage std of every LoRA cell of a regime; all ranks and seeds."""
         return [
-            float(np.nanmax(cell.column("advantage/std")))
-            for rank in self.own.ranks
-            for cell in students[f"{regime} r {rank}"].values()
+            float(np.nanmax(cell.column("advantage/std"))) for rank in self.own.ranks for cell in students[f"{regime} r {rank}"].values()
         ]
 
     def _advantage_claims(self, students: Cells) -> Iterator[Claim]:
@@ -180,7 +184,16 @@ class RewardDensity:
                         _collapsed(cell, self.own.collapse),
                     )
                 )
-        columns = ("peak advantage std", "published", "at step", "truncated at the end", "peak accuracy", "final accuracy", "mean entropy", "collapsed")
+        columns = (
+            "peak advantage std",
+            "published",
+            "at step",
+            "truncated at the end",
+            "peak accuracy",
+            "final accuracy",
+            "mean entropy",
+            "collapsed",
+        )
         return Table("dynamics", "How the runs went", ("cell", "seed", *columns), tuple(rows), "Published peaks are over all ranks.")
 
     def _pictures(self, cells: Cells, students: Cells) -> tuple[Picture, ...]:

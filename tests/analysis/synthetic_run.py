@@ -50,7 +50,9 @@ def make_run(
     with MetricsWriter(folder) as writer:
         for step in range(1, steps + 1):
             writer.step(step, metrics_row(step, steps, learns, objective, rng))
-            writer.gradient_norms(step, segments(ranks), gradient_norms(step, ranks, rng))
+            norms_m = gradient_norms(step, ranks, rng)
+            delta_w_m = 8 * norms_m / torch.tensor([segment.shape[0] for segment in segments(ranks)]).sqrt()
+            writer.gradient_norms(step, segments(ranks), norms_m, delta_w_m, None)
             if objective == "grpo":
                 writer.completions(training_samples(step, rng))
     before, after = answers(problems, 0.53, rng), answers(problems, 0.72 if learns else 0.53, rng)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from fastlora.alarms import Alarm
 from fastlora.analysis.figures import MISMATCH, panels_of
 from fastlora.analysis.report import EXAMPLES, answer_pairs, change_of_accuracy, render_report, time_facts, write_report
 from fastlora.analysis.run_reader import Run, read_run
@@ -91,7 +94,7 @@ def test_what_models_write_is_escaped(html: str) -> None:
 
 def test_figures_are_well_formed_with_colours_of_the_page(html: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(figures) == 7
+    assert len(figures) == 8
     for figure in figures:
         ElementTree.fromstring(figure)
     assert "#01fe" not in html, "a placeholder colour was left"
@@ -172,6 +175,44 @@ def test_a_sampler_that_is_not_the_trainer_has_a_figure(run: Run, html: str) -> 
     assert titles["Mismatch by place"] == ("mismatch/first_third", "mismatch/last_third")
     assert titles["Ratio to the sampler"] == ("mismatch/ratio_mean",) and "Ratios corrected" in titles
     assert not {*drawn} & {name for names in titles.values() for name in names}
+
+
+def test_alarms_are_listed_and_marked_on_their_panel(run: Run, html: str) -> None:
+    """One on a metric with a panel, one on a metric that never changes: two rows, one mark."""
+    assert "<h2>Alarms</h2>" not in html and "var(--bad)" not in "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    alarms = (
+        Alarm(5, "entropy", "entropy", 0.0123456, 0.02, "below", 3, "warn"),
+        Alarm(9, "zero_std", "reward/timeouts", None, 1.0, "above", 9, "stop"),
+    )
+    page = render_report(dataclasses.replace(run, alarms=alarms))
+    (table,) = re.findall(r'<table class="alarms">.*?</table>', page, flags=re.DOTALL)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert cells == [
+        ["5", "<code>entropy</code>", "0.01235", "at or below 0.02", "3", "warn"],
+        ["9", "<code>reward/timeouts</code>", "infinite", "at or above 1", "9", "stop"],
+    ]
+    (panels,) = re.findall(r'<figure class="metrics".*?</figure>', page, flags=re.DOTALL)
+    assert panels.count("var(--bad)") == 1
+
+
+def test_the_gradient_table_has_a_row_a_measure(run: Run, html: str) -> None:
+    """Shares, ratio and correlation from the rows of the file, by a plain loop."""
+    squares: dict[tuple[int, int], float] = {}
+    for row in run.gradient_profile.to_pylist():
+        key = (row["layer"], row["step"])
+        squares[key] = squares.get(key, 0.0) + row["norm"] ** 2
+    totals = {step: sum(math.sqrt(value) for (_, s), value in squares.items() if s == step) for step in range(1, 13)}
+    shares = [[math.sqrt(squares[layer, step]) / totals[step] for step in range(1, 13)] for layer in range(4)]
+    means = sorted(sum(of_layer) / 12 for of_layer in shares)
+    early_late = np.corrcoef([sum(s[:4]) for s in shares], [sum(s[8:]) for s in shares])[0, 1]
+    assert f"‖g‖ {means[-1] / means[0]:.2f} {100 * (means[-1] + means[-2]):.1f}% {early_late:.3f}" in Page(html).text, (
+        "30% of 4 layers is 2"
+    )
+    assert "‖∂L/∂ΔW‖" in Page(html).text
+    profile = run.gradient_profile
+    masked = profile.set_column(7, profile.schema.field("delta_w_norm"), pa.nulls(profile.num_rows, pa.float32()))
+    page = Page(render_report(dataclasses.replace(run, gradient_profile=masked)))
+    assert page.tags["svg"] == 7 and "estimated norm" not in page.text
 
 
 @pytest.mark.parametrize(
