@@ -30,6 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.interrupt",
         "fastlora.liger",
         "fastlora.nf4",
+        "fastlora.reward_config",
+        "fastlora.section",
         "fastlora.statistics",
         "fastlora.types",
     ),
@@ -38,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastlora.advantages",
         "fastlora.attention",
+        "fastlora.batches",
         "fastlora.data",
         "fastlora.flat",
         "fastlora.fused_layers",
@@ -52,9 +55,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.policy",
         "fastlora.prompt",
         "fastlora.rewards",
+        "fastlora.rollout.sampler",
     ),
     (
-        "fastlora.batches",
         "fastlora.checkpoint",
         "fastlora.evaluate",
         "fastlora.metrics",
