@@ -73,7 +73,7 @@ def load_reward_model(config: RewardModelConfig, policy: Policy, where: str) -> 
     Raises RewardError for a device that is not there; ModelError, AdapterFileError, AttachError as for the policy's own.
     """
     own, cast = policy.config.model, policy.config.trainer.implementation != "reference"
-    wanted, device = _wanted(config, own), _device(config, policy, where)
+    wanted, device = wanted_model(config, own), _device(config, policy, where)
     if policy.adapter is not None and wanted == own and device == policy.model.device:
         if config.adapter is None:
             return RewardModel(policy.model, policy.adapter.disabled)
@@ -88,7 +88,7 @@ def load_reward_model(config: RewardModelConfig, policy: Policy, where: str) -> 
     return RewardModel(model, nullcontext)
 
 
-def _wanted(config: RewardModelConfig, own: ModelConfig) -> ModelConfig:
+def wanted_model(config: RewardModelConfig, own: ModelConfig) -> ModelConfig:
     """The settings to load it with: those of the policy's model where it is the same, else the defaults in its precision."""
     same = config.model in (None, own.name)
     start = own if same else ModelConfig(name=config.model or own.name, dtype=own.dtype, device=own.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from fastlora.model import wrap_model
@@ -232,6 +232,36 @@ def test_a_question_that_the_template_asks_for_and_the_row_lacks(tiny_tokenizer:
         reward.check([good, Example(4, "prompt", "", question="q")])
     with pytest.raises(RewardError, match=r"example 5: .*asks for the field \{question\}"):
         reward.check([Example(5, "prompt", "", metadata={"hint": "h"})])
+
+
+def mistral_like_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE over characters, ▁ for a space and one before the text, bytes for what is not in the vocabulary, a bos: SentencePiece's way."""
+    characters = [*map(chr, range(33, 127)), "▁", "к", "и"]
+    words = ["▁к", "▁ки", "▁+", "▁-"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *words]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [("▁", "к"), ("▁к", "и"), ("▁", "+"), ("▁", "-")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)
+
+
+def test_the_defaults_on_a_tokenizer_like_mistrals() -> None:
+    """Math-Shepherd's own reading of its tokens: ▁ки behind each step, ▁+ and ▁- as the two judgements."""
+    tokenizer = mistral_like_tokenizer()
+    judge = wrap_model(make_tiny_model("mistral", vocab_size=len(tokenizer)), tokenizer, "judge")
+    write = StepWriter(ProcessConfig(), judge)
+    assert tokenizer.convert_ids_to_tokens([write.tags.step, write.tags.positive, write.tags.negative]) == ["▁ки", "▁+", "▁-"]
+    cut = StepCutter(tokenizer)
+    steps = cut(tokenizer("ки 1 + 1 = 2\n\n- so ки\n€ 2", add_special_tokens=False)["input_ids"])
+    assert [step.text for step in steps] == ["ки 1 + 1 = 2", "- so ки", "€ 2"]
+    reading = write(Example(0, "", "", question="What?"), steps)
+    assert reading is not None
+    assert reading.ids == tokenizer("What? ки 1 + 1 = 2 ки\n- so ки ки\n€ 2 ки\n")["input_ids"] and reading.ids[0] == 1
+    every_tag = [i for i, token in enumerate(reading.ids) if token == write.tags.step]
+    assert len(every_tag) == 5 and reading.tags == [every_tag[i] for i in (1, 3, 4)]
 
 
 def test_math_shepherds_tags_are_not_smollm2s(packaged_model: Path) -> None:
