@@ -4,7 +4,12 @@ Completions of one prompt are adjacent, `num_generations` = g of them. Two estim
 
     trajectory   A_n  = (R_n − mean_group R) / (std R + eps)                              one number per completion
     deposits     d'_t = (d_t − mean_group d) / (std d + eps) at the deposits, else 0      one number per token
-                 A_t  = d'_t if dense, else Σ_{t' ≥ t} d'_t'
+                 A_t  = d'_t if dense, else Σ_{t' ≥ t} d'_t'                              normalize = "deposits", as published
+                 A_t  = (R_t − mean_group R) / (std R + eps), R_t = Σ_{t' ≥ t} d_t'       normalize = "returns", sparse only
+
+Returns are averaged over the deposits, so that a step counts once however long it is; A_t is 0 behind a completion's last deposit. With one
+deposit at the last token both are GRPO's advantage. With S deposits a completion the first has a spread of √S and the second of 1; but
+its baseline does not know how many deposits are still to come, and pays for having many of them if they are positive.
 
 std is Bessel-corrected, over the group, the batch, or absent (scale_rewards). `trajectory` is GRPO (arXiv 2402.03300) as TRL
 1.16 computes it, bit for bit in float32 (trl/trainer/grpo_trainer.py, _generate_and_score_completions); `deposits` is that of
@@ -78,8 +83,8 @@ def _nan_std(x: Tensor, dim: int) -> Tensor:
 def deposit_advantages(deposits: Deposits, completion_mask_nt: Tensor, num_generations: int, config: AdvantageConfig) -> Tensor:
     """Advantages [n, t], float32, of rewards deposited at tokens; 0 at padding.
 
-    The mean and standard deviation are over all deposits of a prompt's completions (scale_rewards = "batch": the standard
-    deviation over all of the batch). A group with a single deposit, or with equal ones, has advantage 0.
+    The mean and standard deviation are over all deposits (or over the returns at them, config.normalize) of a prompt's completions
+    (scale_rewards = "batch": the standard deviation over all of the batch). A group where all of these are equal has advantage 0.
     completion_mask_nt: bool [n, t], the tokens that exist, right-padded.
 
     Raises ValueError when n is no multiple of num_generations, or a deposit lies at padding or is not finite (a completion that
@@ -88,32 +93,41 @@ def deposit_advantages(deposits: Deposits, completion_mask_nt: Tensor, num_gener
     n, t = completion_mask_nt.shape
     _check_groups(n, num_generations)
     _check_deposits(deposits, completion_mask_nt)
-    normalized_pm = _normalize_deposits(
-        deposits.token_rewards_nt.view(-1, num_generations * t),
-        deposits.step_reward_mask_nt.view(-1, num_generations * t),
-        config,
-    )
-    normalized_nt = normalized_pm.view(n, t)
-    if not deposits.dense:
-        normalized_nt = normalized_nt.flip(1).cumsum(dim=1).flip(1)  # 0 at padding, which lies right of every deposit
+    at_nt = deposits.step_reward_mask_nt
+    values_nt = deposits.token_rewards_nt.double().masked_fill(~at_nt, 0.0)
+    returns_first = config.normalize == "returns" and not deposits.dense
+    if returns_first:
+        values_nt = _from_here_on(values_nt)
+    wanted_nt = _from_here_on(at_nt) > 0 if returns_first else at_nt  # a return is wanted at every token up to the last deposit
+    rows = (n // num_generations, num_generations * t)
+    normalized_nt = _normalize(values_nt.view(rows), at_nt.view(rows), wanted_nt.view(rows), config).view(n, t)
+    if not deposits.dense and not returns_first:
+        normalized_nt = _from_here_on(normalized_nt)  # 0 at padding, which lies right of every deposit
     return normalized_nt.float()
 
 
-def _normalize_deposits(rewards_pm: Tensor, at_pm: Tensor, config: AdvantageConfig) -> Tensor:
-    """d' [p, m], float64, of the tokens of each prompt's group in one row; 0 where `at_pm` says that nothing is deposited.
+def _from_here_on(x_nt: Tensor) -> Tensor:
+    """Σ_{t' ≥ t} x_t'."""
+    return x_nt.flip(1).cumsum(dim=1).flip(1)
+
+
+def _normalize(values_pm: Tensor, at_pm: Tensor, wanted_pm: Tensor, config: AdvantageConfig) -> Tensor:
+    """Float64 values [p, m] of the tokens of each prompt's group in one row, normalised with the moments of those at `at_pm`; 0 where they
+    are not `wanted_pm`.
 
     In float64 equal 24-bit numbers sum, and divide, without rounding: they differ from their mean by 0, and not by a rounding
     error that a standard deviation of the same size would blow up to 1.
     """
-    deposits_pm = rewards_pm.double().masked_fill(~at_pm, 0.0)
     entries_p1 = at_pm.sum(dim=1, keepdim=True)
-    centred_pm = (deposits_pm - deposits_pm.sum(dim=1, keepdim=True) / entries_p1.clamp(min=1)).masked_fill(~at_pm, 0.0)
+    mean_p1 = values_pm.masked_fill(~at_pm, 0.0).sum(dim=1, keepdim=True) / entries_p1.clamp(min=1)
+    centred_pm = (values_pm - mean_p1).masked_fill(~wanted_pm, 0.0)
     if config.scale_rewards == "none":
         return centred_pm
     if config.scale_rewards == "group":
-        std = (centred_pm.square().sum(dim=1, keepdim=True) / (entries_p1 - 1).clamp(min=1)).sqrt()
+        squares_pm = centred_pm.masked_fill(~at_pm, 0.0).square()
+        std = (squares_pm.sum(dim=1, keepdim=True) / (entries_p1 - 1).clamp(min=1)).sqrt()
     else:
-        everything = deposits_pm[at_pm]
+        everything = values_pm[at_pm]
         std = everything.std() if len(everything) > 1 else everything.new_zeros(())
     return (centred_pm / (std + config.eps)).masked_fill(centred_pm == 0, 0.0)  # the mask matters when std + eps = 0
 

@@ -25,6 +25,7 @@ from fastlora.model import BaseModel, load_base_model, select_device
 from fastlora.objectives import Objective, PolicyObjective, SupervisedObjective
 from fastlora.ops.registry import ImplementationError, kernels_refuse
 from fastlora.optim import AdamW, learning_rates
+from fastlora.rewards.models import Policy
 from fastlora.rewards.registry import Rewards, load_rewards
 from fastlora.rollout.replay import RecordingSampler, ReplaySampler
 from fastlora.rollout.sampler import Sampler
@@ -63,9 +64,9 @@ def build(config: RunConfig, console: Console) -> Parts:
     model = prepared_model(config)
     train_examples = training_examples(config, model)
     eval_examples = held_out_examples(config, model)
-    rewards = load_rewards(config.reward)
-    rewards.check([*train_examples, *eval_examples])
     adapter, flat = trainable(config, model, console)
+    rewards = load_rewards(config.reward, Policy(config, model, adapter))
+    rewards.check([*train_examples, *eval_examples])
     sampler, engine = _sampler(config, model, adapter, flat, train_examples, console)
     objective: Objective
     if config.objective == "sft":
@@ -153,23 +154,6 @@ def load_into(adapter: PackedAdapter, folder: Path, lora: LoraConfig) -> None:
                 f"set lora.rank_pattern, lora.alpha_pattern and lora.scaling ({lora.scaling}) alike"
             )
     adapter.load(saved.a_rd, saved.b_nr)
-
-
-def attach_saved(model: BaseModel, folder: Path) -> PackedAdapter:
-    """A saved adapter attached to a model as it is, whatever config it was trained with. Raises AdapterFileError, AttachError."""
-    saved = load_adapter(folder)
-    layers = projections(model.module)
-    for spec in saved.specs:
-        layer = layers.get(spec.name)
-        if layer is None or (layer.in_features, layer.out_features) != (saved.a_rd[spec.name].shape[1], saved.b_nr[spec.name].shape[0]):
-            found = "no such layer" if layer is None else f"one of {layer.in_features} in, {layer.out_features} out"
-            raise AttachError(
-                f"{folder} is an adapter for {saved.base_model}, not for {model.source}: it adapts {spec.name} with "
-                f"A {list(saved.a_rd[spec.name].shape)} and B {list(saved.b_nr[spec.name].shape)}, and this model has {found}"
-            )
-    adapter = attach(model.module, saved.specs, seed=0, cast_to_input=True)
-    adapter.load(saved.a_rd, saved.b_nr)
-    return adapter
 
 
 def _sampler(

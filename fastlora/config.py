@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fastlora.errors import FastloraError
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+from fastlora.reward_config import MODEL_REWARDS, DistillationConfig, ProcessConfig
+from fastlora.section import Decay, NonNegative, Positive, Section
 
 MAX_RANK = 1024
 """Above this a LoRA of any projection we serve costs more than the projection itself; almost certainly a typing error."""
@@ -30,12 +27,6 @@ MAX_RANK = 1024
 
 class ConfigError(FastloraError):
     """A setting that cannot work; the message names the key, the value and the fix."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, field docstrings become `--help`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -172,13 +163,18 @@ class RewardConfig(Section):
     """What is rewarded."""
 
     functions: tuple[str, ...] = ("outcome",)
-    """Names from fastlora.rewards (outcome, exact_match, first_integer, gsm8k, format) or `path/to/file.py:function`."""
+    """Names from fastlora.rewards (outcome, exact_match, first_integer, gsm8k, format, process, distillation) or
+    `path/to/file.py:function`."""
     weights: tuple[float, ...] | None = None
     """One weight per function; None = 1 each."""
     timeout: Annotated[float, Field(gt=0.0)] = 5.0
     """Seconds per completion after which a grader is killed and the completion scores 0 (and is counted)."""
     format_pattern: str = r"(?s)\s*<reasoning>.*</reasoning>\s*<answer>.*</answer>\s*"
     """Regular expression that a whole completion must match for the `format` reward."""
+    grader: str | None = None
+    """Reward that judges held-out answers: right = it gives 1. None = the first of `functions`; process and distillation cannot."""
+    process: ProcessConfig = ProcessConfig()
+    distillation: DistillationConfig = DistillationConfig()
 
 
 class AdvantageConfig(Section):
@@ -192,6 +188,9 @@ class AdvantageConfig(Section):
     """Several rewards: weight and sum, then normalise (GRPO), or normalise each within its group first (GDPO)."""
     eps: Annotated[float, Field(ge=0.0)] = 1e-4
     """Added to the standard deviation (TRL 1e-4, reward-density study 1e-8)."""
+    normalize: Literal["deposits", "returns"] = "deposits"
+    """estimator = "deposits", sparse rewards: normalise each deposit and sum what follows a token (as published: the sum of S steps has a
+    spread of √S), or sum first and normalise the returns (fastlora/advantages.py)."""
 
 
 class LossConfig(Section):
@@ -417,7 +416,9 @@ def _impossibilities(c: RunConfig) -> list[str]:
     """One sentence for each combination of settings that cannot work."""
     grpo = c.objective == "grpo"
     samples = c.rollout.num_prompts * (c.rollout.num_generations if grpo else 1)
-    weights, sampler = c.reward.weights, c.rollout.sampler
+    weights, sampler, rewards = c.reward.weights, c.rollout.sampler, c.reward.functions
+    teacher, grader = c.reward.distillation, c.reward.grader or (*c.reward.functions, "")[0]
+    idle = [name for name in MODEL_REWARDS if getattr(c.reward, name) != getattr(RewardConfig(), name) and name not in rewards]
     mode, low, high = c.loss.sampler_correction, c.loss.sampler_correction_min, c.loss.sampler_correction_max
     checks = [
         (
@@ -440,6 +441,39 @@ def _impossibilities(c: RunConfig) -> list[str]:
             f"reward.weights has {len(weights or ())} entries for {len(c.reward.functions)} reward.functions",
         ),
         (grpo and not c.reward.functions, "reward.functions is empty: there is nothing to optimise"),
+        (
+            bool(idle),
+            f"[reward.{(*idle, '')[0]}] is set, but reward.functions = {list(rewards)} does not name it; add it or remove the section",
+        ),
+        (
+            grader in MODEL_REWARDS,
+            f"reward.grader: {grader!r} cannot judge whether an answer is right; name a reward that gives 1 to right answers, such as "
+            "'outcome'",
+        ),
+        (
+            "distillation" in rewards and len(rewards) > 1,
+            f"reward.functions = {list(rewards)}: 'distillation' deposits at every token, the others at few, and the two cannot share one "
+            "stream of advantages; train on one kind",
+        ),
+        (
+            grpo and any(name in MODEL_REWARDS for name in rewards) and c.advantage.estimator == "trajectory",
+            f"advantage.estimator = 'trajectory' makes one number of a completion, and reward.functions = {list(rewards)} earns at several "
+            "tokens; set advantage.estimator = 'deposits'",
+        ),
+        (
+            "distillation" in rewards and teacher.model is None and teacher.adapter is None,
+            "reward.functions has 'distillation', but there is no teacher: set reward.distillation.model, adapter or both",
+        ),
+        (
+            teacher.adapter is not None and teacher.adapter == c.lora.init_from and teacher.model in (None, c.model.name),
+            f"reward.distillation.adapter and lora.init_from are both {str(teacher.adapter)!r}: the student would start as its own "
+            "teacher, every reward 0",
+        ),
+        (
+            c.advantage.normalize == "returns" and (c.advantage.estimator == "trajectory" or "distillation" in rewards),
+            "advantage.normalize = 'returns' normalises sums of the deposits behind a token, which only estimator = 'deposits' with sparse "
+            "rewards has; set it to 'deposits'",
+        ),
         (
             (sampler == "replay") != (c.rollout.replay_path is not None),
             "rollout.sampler = 'replay' and rollout.replay_path go together: give both or neither",

@@ -91,7 +91,7 @@ def load_examples(
             prompt = render(fill_template(config.user_template, columns)) + fill_template(config.assistant_prefix, columns)
         except PromptError as error:
             raise DataError(f"{row.where}: {error}") from error
-        examples.append(Example(index, prompt, row.answer, row.completion, row.columns))
+        examples.append(Example(index, prompt, row.answer, row.completion, row.columns, row.question))
     _check_lengths(config, rows, examples, tokenizer, context_length, max_completion_length)
     return tuple(examples)
 

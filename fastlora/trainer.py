@@ -165,7 +165,7 @@ class Trainer:
         """Greedy accuracy on the first problems of the held-out split."""
         problems = self.parts.eval_examples[: self.config.eval.num_problems_during]
         answers = answer_greedily(
-            self.parts.sampler, self.parts.rewards.functions[0], problems, self.config.rollout, adapter_version=self.done.optimizer_step
+            self.parts.sampler, self.parts.rewards.grader, problems, self.config.rollout, adapter_version=self.done.optimizer_step
         )
         accuracy = Evaluation(answers).accuracy
         return {"eval/accuracy": accuracy.value, "eval/num_problems": float(accuracy.n)}

@@ -35,6 +35,8 @@ class Example:
     """Target text (SFT only)."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """The row's other columns, untouched."""
+    question: str = ""
+    """The question as the source has it, without template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Deposits:
-    """Rewards of a rollout: where they were put, and how much (the contract of the reward-density study)."""
+    """Rewards of a rollout: where they were put, and how much (the contract of the reward-density study). On the CPU."""
 
     token_rewards_nt: Tensor
     """float32, the reward deposited at each token; 0 where nothing is deposited."""

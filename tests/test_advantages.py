@@ -131,15 +131,82 @@ def test_deposits(scale: str, dense: bool, prompts: int, g: int, t: int, seed: i
     assert _close(got, _deposit_oracle(deposits, mask_nt.numpy(), g, scale, 1e-3))
 
 
-def test_outcome_deposits_are_grpo() -> None:
+def _returns_oracle(deposits: Deposits, g: int, scale: str, eps: float) -> np.ndarray:
+    """normalize = "returns": sums of what is still to come, normalised with the moments of those at the deposits."""
+    values, at = deposits.token_rewards_nt.double().tolist(), deposits.step_reward_mask_nt.tolist()
+    returns = [
+        [sum(v for v, here in zip(row[j:], holds[j:], strict=True) if here) for j in range(len(row))]
+        for row, holds in zip(values, at, strict=True)
+    ]
+    everything = np.array([r for row, holds in zip(returns, at, strict=True) for r, here in zip(row, holds, strict=True) if here])
+    result = np.zeros((len(values), len(values[0])))
+    for i, row in enumerate(returns):
+        start = i // g * g
+        own = np.array([returns[k][j] for k in range(start, start + g) for j in range(len(row)) if at[k][j]])
+        for j, value in enumerate(row):
+            if any(at[i][j:]) and value != own.mean():
+                std = {"group": _std(own), "batch": _std(everything), "none": None}[scale]
+                result[i, j] = (value - own.mean()) / (1 if std is None else std + eps)
+    return result
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 7), st.integers(0, 2**31))
+def test_normalised_returns(scale: str, prompts: int, g: int, t: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = prompts * g
+    mask_nt = torch.arange(t) < torch.randint(0, t + 1, (n, 1), generator=generator)
+    at_nt = mask_nt & (torch.rand(n, t, generator=generator) < 0.5)
+    deposits = _deposits(torch.randint(-8, 9, (n, t), generator=generator) / 4, at_nt, dense=False)  # sums without rounding: 0 is 0
+    got = deposit_advantages(deposits, mask_nt, g, AdvantageConfig(scale_rewards=scale, eps=1e-3, normalize="returns"))
+    assert got.dtype == torch.float32 and _close(got, _returns_oracle(deposits, g, scale, 1e-3))
+
+
+def test_normalised_returns_by_hand() -> None:
+    """Steps of two completions (1, 1 | 0) and (1, 0): returns at the steps 2, 1, 0 and 1, 0: mean .8, std √.7. The last token is behind."""
+    at_nt = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 1, 0]], dtype=torch.bool)
+    values_nt = torch.tensor([[9.0, 1.0, 1.0, 0.0, 9.0], [1.0, 9.0, 9.0, 0.0, 9.0]])
+    config = AdvantageConfig(eps=0.0, normalize="returns")
+    got = deposit_advantages(_deposits(values_nt, at_nt, dense=False), torch.ones(2, 5, dtype=torch.bool), 2, config)
+    returns = np.array([[2, 2, 1, 0, 0.8], [1, 0, 0, 0, 0.8]])
+    assert _close(got, (returns - 0.8) / math.sqrt(0.7))
+
+
+@pytest.mark.parametrize("normalize", ["deposits", "returns"])
+def test_the_spread_of_summed_steps(normalize: str) -> None:
+    """64 steps of noise: as published the advantages spread like √64 / √2 ≈ 5.7, normalised returns like 1."""
+    at_nt = torch.ones(8, 64, dtype=torch.bool)
+    deposits = _deposits(torch.randn(8, 64), at_nt, dense=False)
+    std = float(deposit_advantages(deposits, at_nt, 8, AdvantageConfig(normalize=normalize)).std())
+    assert abs(std - 1) < 1e-3 if normalize == "returns" else 3 < std < 9
+
+
+@pytest.mark.parametrize("normalize", ["deposits", "returns"])
+def test_dense_deposits_know_no_returns(normalize: str) -> None:
+    at_nt = torch.ones(4, 3, dtype=torch.bool)
+    deposits = _deposits(torch.randn(4, 3), at_nt, dense=True)
+    got = deposit_advantages(deposits, at_nt, 2, AdvantageConfig(normalize=normalize))
+    assert torch.equal(got, deposit_advantages(deposits, at_nt, 2, AdvantageConfig()))
+
+
+@pytest.mark.parametrize("normalize", ["deposits", "returns"])
+def test_outcome_deposits_are_grpo(normalize: str) -> None:
     """One deposit at each last token: the return-to-go is the trajectory's advantage at every token, the eos included."""
     lengths_n1 = torch.tensor([[3], [5], [1], [4]])
     mask_nt, last_nt = torch.arange(5) < lengths_n1, torch.arange(5) == lengths_n1 - 1
     rewards_n = torch.tensor([1.0, 0.0, 0.25, 1.0])
-    config = AdvantageConfig(eps=1e-8)
+    config = AdvantageConfig(eps=1e-8, normalize=normalize)
     got = deposit_advantages(_deposits(rewards_n[:, None].expand(4, 5), last_nt, dense=False), mask_nt, 2, config)
     expected_n = trajectory_advantages(rewards_n[:, None], torch.ones(1), 2, config)
     assert _close(got, (expected_n[:, None] * mask_nt).double().numpy())
+
+
+@pytest.mark.parametrize("normalize", ["deposits", "returns"])
+def test_no_tokens_at_all(normalize: str) -> None:
+    nothing = torch.zeros(4, 0)
+    deposits = Deposits(nothing, torch.full((4,), NAN), nothing.bool(), dense=False)
+    assert deposit_advantages(deposits, nothing.bool(), 2, AdvantageConfig(normalize=normalize)).shape == (4, 0)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -66,6 +66,8 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
         ("[alarms.boredom]\nthreshold = 1.0", r"run.toml: alarms.boredom: unknown key"),
         ("[optim\nlr = 1", r"run.toml: not valid TOML: .*line 1"),
         ("seed = 1\nseed = 2", r"run.toml: not valid TOML: .*"),
+        ("[reward.process]\nbatch_size = 0", r"run.toml: reward.process.batch_size: .*greater than 0"),
+        ("[reward.distillation]\ndevice = 'tpu'", r"run.toml: reward.distillation.device: .*pattern"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
@@ -105,6 +107,7 @@ def test_bad_overrides_end_the_command(overrides: list[str], capsys: pytest.Capt
     [
         (["--lora.r", "-1"], "lora.r: .*greater than or equal to 0"),
         (["--alarms.truncated.patience", "0"], r"alarms\.\*\.patience: .*greater than 0"),
+        (["--reward.process.batch-size", "0"], "reward.process.batch_size: .*greater than 0"),
         (["--rollout.num-generations", "1"], "num_generations = 1 with advantage.scale_rewards = 'group'"),
     ],
 )
@@ -129,6 +132,29 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     ),
     "weights": ("[reward]\nweights = [1.0, 2.0]", "reward.weights has 2 entries for 1 reward.functions"),
     "no reward": ("[reward]\nfunctions = []", "reward.functions is empty"),
+    "section of an unused reward": ("[reward.process]\nbatch_size = 2", r"\[reward.process\] is set, but reward.functions = \['outcome'\]"),
+    "judge of steps as grader": (
+        "[reward]\nfunctions = ['process']\n[advantage]\nestimator = 'deposits'",
+        "reward.grader: 'process' cannot judge whether an answer is right",
+    ),
+    "dense with sparse": (
+        "[reward]\nfunctions = ['outcome', 'distillation']\n[reward.distillation]\nmodel = 'x'\n[advantage]\nestimator = 'deposits'",
+        "'distillation' deposits at every token",
+    ),
+    "steps as one number": (
+        "[reward]\nfunctions = ['outcome', 'process']",
+        "advantage.estimator = 'trajectory' makes one number of a completion",
+    ),
+    "no teacher": (
+        "[reward]\nfunctions = ['distillation']\ngrader = 'outcome'\n[advantage]\nestimator = 'deposits'",
+        "there is no teacher: set reward.distillation.model, adapter or both",
+    ),
+    "one's own teacher": (
+        "[lora]\ninit_from = 'a'\n[reward]\nfunctions = ['distillation']\ngrader = 'outcome'\n[reward.distillation]\nadapter = 'a'\n"
+        "[advantage]\nestimator = 'deposits'",
+        "the student would start as its own teacher",
+    ),
+    "returns of one number": ("[advantage]\nnormalize = 'returns'", "advantage.normalize = 'returns' normalises sums of the deposits"),
     "replay without path": ("[rollout]\nsampler = 'replay'", "rollout.sampler = 'replay' and rollout.replay_path go together"),
     "vllm and 4 bits": (
         "[model]\nquantization = 'nf4'\n[rollout]\nsampler = 'vllm'",

@@ -29,3 +29,12 @@ def test_an_engine_of_our_own_is_planned_too(capsys: pytest.CaptureFixture[str])
     assert train.main([str(CONFIGS / "qwen2.5-1.5b_gsm8k_1xh100.toml"), "--dry-run", "--rollout.sampler", "vllm"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "vLLM's engine: KV cache of" in shown and "expected peak with the engine" in shown and "while the trainer updates" in shown
+
+
+def test_models_of_rewards_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether they have weights of their own; the memory plan counts the policy alone."""
+    config = [str(CONFIGS / "qwen3-1.7b_math_1xh100.toml"), "--dry-run", "--reward.grader", "outcome"]
+    assert train.main([*config, "--reward.functions", "process"]) == 0
+    assert "reward process: peiyi9979/math-shepherd-mistral-7b-prm, weights of its own, which" in " ".join(capsys.readouterr().out.split())
+    assert train.main([*config, "--reward.functions", "distillation", "--reward.distillation.adapter", "teacher"]) == 0
+    assert "reward distillation: Qwen/Qwen3-1.7B-Base, the base weights of the model that" in " ".join(capsys.readouterr().out.split())

@@ -33,6 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.liger",
         "fastlora.nf4",
         "fastlora.plugins",
+        "fastlora.reward_config",
+        "fastlora.section",
         "fastlora.statistics",
         "fastlora.types",
     ),
@@ -41,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastlora.advantages",
         "fastlora.attention",
+        "fastlora.batches",
         "fastlora.data",
         "fastlora.flat",
         "fastlora.fused_layers",
@@ -56,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.policy",
         "fastlora.prompt",
         "fastlora.rewards",
+        "fastlora.rollout.sampler",
     ),
     (
         "fastlora.allocation",

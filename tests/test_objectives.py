@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fastlora.batches import policy_batch
 from fastlora.config import RunConfig
 from fastlora.lora.packed import PackedAdapter
 from fastlora.model import BaseModel, wrap_model
-from fastlora.objectives import PolicyObjective, SupervisedObjective, derived_seed
+from fastlora.objectives import PolicyObjective, SupervisedObjective, advantage_metrics, derived_seed
 from fastlora.rewards.deposits import Rewarded, deposit_at_end
 from fastlora.rollout.replay import RecordingSampler, ReplaySampler, read_rollout, rollout_file, write_rollout
 from fastlora.rollout.sampler import Sampler
@@ -26,6 +27,7 @@ from fastlora.rollout.torch import TorchSampler
 from fastlora.types import Example, Rollout, TrainBatch
 from tests.exact import make_exact_model, score_one_by_one
 from tests.lora.adapters import attach_uneven
+from tests.rewards.rollouts import make_rollout
 from tests.tolerances import FP32_ADVANTAGE, FP32_LOGPROB, FP64_EXACT
 
 TEXTS = (("1 + 1 =", " 2"), ("a", ""), ("hello", " world!"), ("2 * 3 is", " 6"))
@@ -122,6 +124,18 @@ def test_advantages_are_the_groups(model: BaseModel) -> None:
     assert [(s.prompt, s.completion) for s in data.samples] == [(rollout.examples[i].prompt, rollout.texts[4 * i]) for i in (0, 1)]
     assert data.samples[0].advantage == pytest.approx(float(expected[0]), abs=FP32_ADVANTAGE)
     assert data.samples[0].rewards == {"length": first[0].item()}
+    active = [float(a) for n, a in enumerate(data.batch.advantages_nt[:, 0]) for _ in range(int(data.batch.loss_mask_nt[n].sum()))]
+    mean = sum(active) / len(active)
+    assert data.metrics["advantage/std"] == pytest.approx(math.sqrt(sum((a - mean) ** 2 for a in active) / len(active)), rel=FP64_EXACT)
+    assert data.metrics["advantage/max_abs"] == max(map(abs, active)) > 1
+
+
+def test_advantages_of_tokens_that_do_not_train_are_not_measured() -> None:
+    rollout = make_rollout(["x"] * 2, ["1"], [2, 3])
+    advantages_nt = torch.tensor([[1.0, 3.0, 0.0], [-9.0, -9.0, -9.0]])
+    batch = policy_batch(replace(rollout, finished_n=torch.tensor([True, False])), advantages_nt, mask_truncated=True)
+    assert advantage_metrics(batch) == {"advantage/std": 1.0, "advantage/max_abs": 3.0}
+    assert advantage_metrics(replace(batch, loss_mask_nt=batch.loss_mask_nt & False)) == {"advantage/std": 0.0, "advantage/max_abs": 0.0}
 
 
 @pytest.mark.parametrize(

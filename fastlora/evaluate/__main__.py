@@ -10,12 +10,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from fastlora.build import attach_saved, held_out_examples
+from fastlora.build import held_out_examples
 from fastlora.config import RunConfig, load_config
 from fastlora.errors import FastloraError
 from fastlora.evaluate import evaluate
+from fastlora.lora.saved import attach_saved
 from fastlora.model import load_base_model
-from fastlora.rewards.registry import load_rewards
+from fastlora.rewards.registry import load_grader
 from fastlora.rollout.torch import TorchSampler
 from fastlora.run_folder import open_run_folder
 
@@ -61,8 +62,8 @@ def main() -> int:
         if adapter is not None:
             attach_saved(model, adapter)
         sampler = TorchSampler(model, config.rollout.batch_size)
-        with load_rewards(config.reward) as rewards:
-            result = evaluate(sampler, rewards.functions[0], examples, config, adapter_version=0)
+        with load_grader(config.reward) as rewards:
+            result = evaluate(sampler, rewards.grader, examples, config, adapter_version=0)
     except FastloraError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         return 1

@@ -69,9 +69,9 @@ class Rewarded:
 
 def deposit_at_end(scores: Sequence[float | None], rollout: Rollout) -> Deposits:
     """Each score at its completion's last valid token; None, and a completion without tokens, deposit nothing."""
-    mask_nt = rollout.completion_mask_nt
+    mask_nt = rollout.completion_mask_nt.cpu()
     values = [math.nan if score is None else score for score in scores]
-    scores_n = torch.tensor(values, dtype=torch.float32, device=mask_nt.device)
+    scores_n = torch.tensor(values, dtype=torch.float32)
     valid_from_here_nt = mask_nt.flip(1).cumsum(1).flip(1)  # valid tokens from t on; 1 at the last one
     step_nt = mask_nt & (valid_from_here_nt == 1) & ~scores_n.isnan()[:, None]
     return Deposits(
@@ -80,6 +80,35 @@ def deposit_at_end(scores: Sequence[float | None], rollout: Rollout) -> Deposits
         step_reward_mask_nt=step_nt,
         dense=False,
     )
+
+
+def check_deposits(name: str, deposits: Deposits, rollout: Rollout) -> None:
+    """Raises RewardError, naming the reward, for deposits of a wrong type or shape, at padding, or not finite."""
+    mask_nt = rollout.completion_mask_nt.cpu()
+    if not isinstance(deposits, Deposits):
+        raise RewardError(f"reward {name} returned {type(deposits).__name__}; it must return Deposits (fastlora/types.py)")
+    for field, dtype, shape in (
+        ("token_rewards_nt", torch.float32, mask_nt.shape),
+        ("trajectory_rewards_n", torch.float32, mask_nt.shape[:1]),
+        ("step_reward_mask_nt", torch.bool, mask_nt.shape),
+    ):
+        tensor = getattr(deposits, field)
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise RewardError(f"reward {name} returned {field} as {found}; it must be {dtype} {list(shape)} on the CPU")
+    at_nt = deposits.step_reward_mask_nt
+    for problem, bad_nt in (
+        ("that is no token of it", at_nt & ~mask_nt),
+        ("that is not finite", ~deposits.token_rewards_nt.isfinite()),
+        ("where it says that it deposits nothing", ~at_nt & (deposits.token_rewards_nt != 0)),
+    ):
+        if bool(bad_nt.any()):
+            sample, token = bad_nt.nonzero()[0].tolist()
+            value, index = float(deposits.token_rewards_nt[sample, token]), rollout.examples[sample // rollout.num_generations].index
+            raise RewardError(f"reward {name} deposited {value} at token {token} of completion {sample} (example {index}), {problem}")
+    if bool(deposits.trajectory_rewards_n.isinf().any()):
+        sample = int(deposits.trajectory_rewards_n.isinf().nonzero()[0])
+        raise RewardError(f"reward {name} gave completion {sample} an infinite reward; it must be finite, or NaN = cannot be scored")
 
 
 def combine(deposits: Sequence[Deposits], weights_k: Tensor) -> Deposits:
@@ -91,7 +120,6 @@ def combine(deposits: Sequence[Deposits], weights_k: Tensor) -> Deposits:
         raise RewardError("reward.functions mixes dense rewards (one per token) with sparse ones; train on one kind")
     token_knt = torch.stack([one.token_rewards_nt for one in deposits])
     rewards_nk = torch.stack([one.trajectory_rewards_n for one in deposits], dim=1)
-    weights_k = weights_k.to(rewards_nk.device)
     total_n = (rewards_nk * weights_k).nansum(dim=1)
     return Deposits(
         token_rewards_nt=torch.einsum("k,knt->nt", weights_k, token_knt),

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fastlora.build import attach_saved, load_into
+from fastlora.build import load_into
 from fastlora.config import LoraConfig
 from fastlora.lora.groups import AttachError
 from fastlora.lora.packed import PackedAdapter
 from fastlora.lora.patterns import scale_of
 from fastlora.lora.peft_format import AdapterFileError, _alpha_for, load_adapter, load_b_mask, save_adapter
+from fastlora.lora.saved import attach_saved
 from fastlora.model import wrap_model
 from tests.lora.adapters import attach_uneven
 from tests.tiny import make_tiny_model

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastlora.build import attach_saved
 from fastlora.config import LoraConfig
 from fastlora.lora.peft_format import save_adapter
+from fastlora.lora.saved import attach_saved
 from fastlora.model import wrap_model
 from fastlora.ops.registry import use_implementation
 from tests.parity.delta import Delta, compare

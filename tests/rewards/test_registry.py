@@ -8,7 +8,7 @@ import pytest
 
 from fastlora.config import RewardConfig
 from fastlora.rewards.deposits import RewardError
-from fastlora.rewards.registry import BUILT_IN, load_rewards
+from fastlora.rewards.registry import BUILT_IN, load_grader, load_rewards
 from fastlora.types import Example
 from tests.rewards.rollouts import make_rollout
 
@@ -55,6 +55,9 @@ def test_every_built_in_name_loads_and_closes(name: str) -> None:
         (("mine.py:",), "one's own is written"),
         (("no/such/file.py:f",), "no such file as /.*no/such/file.py"),
         (("gsm8k", "gsm8k"), "names gsm8k twice"),
+        (("proces",), "did you mean process?"),
+        (("process",), "process runs a language model beside the one that trains, and there is none here"),
+        (("distillation",), "distillation runs a language model"),
     ],
 )
 def test_names_that_are_refused(functions: tuple[str, ...], message: str) -> None:
@@ -72,3 +75,17 @@ def test_gold_answers_are_checked_by_every_reward(tmp_path: Path) -> None:
     rewards.check([Example(0, "", "7")])
     with pytest.raises(RewardError, match=r"first_integer cannot use the gold answer 'x' of example 4: it is not an integer \(2 of 3"):
         rewards.check([Example(3, "", "7"), Example(4, "", "x"), Example(5, "", "y")])
+
+
+def test_the_grader_is_the_first_function_or_the_one_that_is_named() -> None:
+    first = load_rewards(RewardConfig(functions=("exact_match", "gsm8k")))
+    assert first.grader is first.functions[0]
+    second = load_rewards(RewardConfig(functions=("exact_match", "gsm8k"), grader="gsm8k"))
+    assert second.grader is second.functions[1]
+    config = RewardConfig(functions=("exact_match",), grader="first_integer")
+    for rewards in (load_rewards(config), load_grader(config)):
+        assert rewards.grader.name == "first_integer"
+        with pytest.raises(RewardError, match="first_integer cannot use the gold answer 'x'"):
+            rewards.check([Example(0, "", "x")])
+    assert load_rewards(config).names == ("exact_match",)
+    assert load_grader(RewardConfig(functions=("process",), grader="gsm8k")).grader.name == "gsm8k"  # and no model is loaded
