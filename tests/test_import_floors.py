@@ -63,7 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.rollout",
         "fastlora.run_folder",
     ),
-    ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.trainer"),
+    ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.reallocation", "fastlora.trainer"),
     (
         "fastlora.doctor",
         "fastlora.dry_run",
