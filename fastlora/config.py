@@ -94,10 +94,10 @@ class ReallocationConfig(Section):
     """What gets a rank: a layer (all its target modules the same), or each module its own. The budget is the sum of the units' ranks."""
     normalise: Literal["none", "sqrt_r", "s_sqrt_r"] = "s_sqrt_r"
     """What a unit is judged by: the norms of its gradients as they are, by √r, or by s √r, which neither rank nor scale changes."""
-    strategy: Literal["proportional", "inverse", "shuffled"] = "proportional"
-    """Of fastlora/allocation.py."""
+    strategy: str = "proportional"
+    """Name in fastlora/allocation.py that keeps the budget, or `path/to/file.py:function`."""
     power: Annotated[float, Field(ge=0.0)] = 1.0
-    """p of r ∝ score^p."""
+    """p of r ∝ score^p; 0 = all units alike."""
     r_min: NonNegative = 1
     """Smallest rank of a unit; 0 = a unit may lose its adapter (it is then never measured again, and keeps rank 0)."""
     r_max: Annotated[int, Field(ge=1, le=MAX_RANK)] = 64
@@ -498,7 +498,7 @@ def _impossibilities(c: RunConfig) -> list[str]:
         ),
         (
             c.reallocation.every > 0 and c.lora.b_mask is not None,
-            "reallocation.every > 0 with lora.b_mask: the columns of B that the mask names are mixed when a rank shrinks; remove one of them",
+            "reallocation.every > 0 with lora.b_mask: shrinking mixes the columns of B that the mask tells apart; remove one of them",
         ),
         (
             c.reallocation.every > 0 and c.lora.freeze_a,

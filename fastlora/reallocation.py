@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from fastlora.allocation import allocate
 from fastlora.checkpoint import Checkpoint
 from fastlora.config import ConfigError, ReallocationConfig, RunConfig
 from fastlora.lora.packed import PackedAdapter, Slot, place
@@ -65,7 +66,7 @@ def units(specs: Sequence[ModuleSpec], unit: str) -> Units:
         if spec.rank != first.rank:
             raise ConfigError(
                 f"reallocation.unit = 'layer' gives all target modules of a layer one rank, and {first.name} has rank {first.rank}, "
-                f"{spec.name} {spec.rank}: set lora.rank_pattern by layer, leave modules out with lora.target_modules, or set unit = 'module'"
+                f"{spec.name} {spec.rank}: set lora.rank_pattern by layer (lora.target_modules leaves modules out), or unit = 'module'"
             )
     return found
 
@@ -86,9 +87,12 @@ def check_reallocation(specs: Sequence[ModuleSpec], shapes: Sequence[ProjectionS
         if getattr(config.lora, key) is not None and len(costs) > 1:
             raise ConfigError(
                 f"lora.{key} cannot be kept: a rank more costs {min(costs):,} in one {c.unit} and {max(costs):,} in another, and "
-                f"reallocation keeps the sum of the {c.unit}s' ranks; remove lora.{key}" + (", or set unit = 'layer'" * (c.unit == "module"))
+                f"reallocation keeps the sum of the {c.unit}s' ranks; remove lora.{key}"
+                + (", or set unit = 'layer'" * (c.unit == "module"))
             )
-    _allocated(dict.fromkeys(by_unit, 1.0), by_unit, c, config.seed)
+    if c.strategy == "reduced":
+        raise ConfigError("reallocation.strategy = 'reduced' spends less than the budget, which reallocation keeps; use 'proportional'")
+    _allocated({name: float(unit[0].rank > 0) for name, unit in by_unit.items()}, by_unit, c, config.seed)
 
 
 def new_ranks(adapter: PackedAdapter, profile: pa.Table, since: int, step: int, config: RunConfig) -> dict[str, int]:
@@ -124,6 +128,17 @@ def unit_scores(profile: pa.Table, by_unit: Units, c: ReallocationConfig) -> dic
 
 def _divisor(spec: ModuleSpec, normalise: str) -> float:
     return {"none": 1.0, "sqrt_r": math.sqrt(spec.rank), "s_sqrt_r": spec.scale * math.sqrt(spec.rank)}[normalise]
+
+
+def _allocated(scores: Mapping[str, float], by_unit: Units, c: ReallocationConfig, seed: int) -> dict[str, int]:
+    """Unit -> rank; the sum stays. Raises ConfigError, see `allocate`."""
+    budget = sum(unit[0].rank for unit in by_unit.values())
+    bounds = {"power": c.power, "r_min": c.r_min, "r_max": c.r_max, "granularity": c.granularity}
+    try:
+        ranks = allocate(c.strategy, [scores[name] for name in by_unit], budget, seed=seed, **bounds)
+    except ConfigError as error:
+        raise ConfigError(f"[reallocation] of {len(by_unit)} {c.unit}s with ranks that add up to {budget}: {error}") from None
+    return dict(zip(by_unit, ranks, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,12 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "full with ranks": ("method = 'full'\n[lora.rank_pattern]\nq_proj = 3", "method = 'full' trains every weight"),
     "full with a mask": ("method = 'full'\n[lora]\nb_mask = 'm.safetensors'", "method = 'full' trains every weight"),
     "full in 4 bits": ("method = 'full'\n[model]\nquantization = 'nf4'", "4-bit weights cannot be trained"),
+    "bounds of a reallocation that is never": ("[reallocation]\nr_max = 8", "reallocation.every = 0, which is never"),
+    "reallocation after the end": ("[reallocation]\nevery = 40", "every = 40 of trainer.steps = 40: no step would follow"),
+    "crossed ranks": ("[reallocation]\nevery = 1\nr_min = 9\nr_max = 8", "reallocation.r_min = 9 is above reallocation.r_max = 8"),
+    "full with reallocation": ("method = 'full'\n[reallocation]\nevery = 1", "method = 'full' has no ranks"),
+    "reallocation under a mask": ("[reallocation]\nevery = 1\n[lora]\nb_mask = 'm.safetensors'", "shrinking mixes the columns of B"),
+    "reallocation of a frozen A": ("[reallocation]\nevery = 1\n[lora]\nfreeze_a = true", "a frozen A stays as it was drawn"),
     "full with a reference": ("method = 'full'\n[loss]\nbeta = 0.1", "loss.beta > 0 needs a reference policy"),
 }
 

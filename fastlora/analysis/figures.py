@@ -7,6 +7,7 @@ figure serves light and dark pages. Text stays text, in the page's font.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from fastlora.analysis.gradient_profile import LayerNorms, layer_norms
+from fastlora.analysis.gradient_profile import LayerNorms, layer_norms, layer_ranks
 from fastlora.analysis.run_reader import Run
 from fastlora.metrics import layer_of
 from fastlora.progress import STAGES
@@ -93,7 +94,10 @@ MISMATCH = {
 }
 """Sizes of the difference between sampler and trainer, and their names in the figure that has them beside `mismatch_kl`."""
 
-SHOWN_ELSEWHERE = ("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems")
+SHOWN_ELSEWHERE = (
+    *("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems"),
+    *("reallocation/moved_rank", "reallocation/delta_w_error"),
+)
 
 
 def _as_svg(draw: Callable[[Run], Figure]) -> Callable[[Run], str]:
@@ -283,6 +287,26 @@ def rank_matrix(run: Run) -> Figure:
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
+    return figure
+
+
+@_as_svg
+def ranks_over_steps(run: Run) -> Figure:
+    """Layer × step, the darker the larger the mean rank of the layer's modules; its number where it has changed."""
+    layers, steps, mean_ls = layer_ranks(run.gradient_profile)
+    figure = Figure(figsize=(WIDTH, max(2.2, 0.22 * len(layers) + 0.9)), layout="constrained")
+    ax = figure.subplots()
+    changes = [0, *(np.flatnonzero(np.any(np.diff(mean_ls, axis=1) != 0, axis=0)) + 1), len(steps)]
+    for first, end in itertools.pairwise(changes):
+        for row, mean in enumerate(mean_ls[:, first]):
+            left, right = steps[first] - 0.5, steps[end - 1] + 0.5
+            shade = 0.06 + 0.74 * mean / mean_ls.max()
+            ax.add_patch(Rectangle((left, row - 0.46), right - left, 0.92, facecolor=SERIES[0], alpha=shade, linewidth=0))
+            ax.text((left + right) / 2, row, f"{mean:.3g}", ha="center", va="center", fontsize=8)
+    ax.set(xlim=(steps[0] - 0.5, steps[-1] + 0.5), ylim=(-0.5, len(layers) - 0.5), xlabel="step", ylabel="layer")
+    ax.set_yticks(range(len(layers)), map(str, layers))
+    ax.xaxis.set_major_locator(_ticks(8))
+    ax.grid(visible=False)
     return figure
 
 

@@ -107,7 +107,9 @@ def test_second_moments_are_those_of_uncorrelated_gradients() -> None:
 def test_growing_changes_no_bit_of_what_was_there() -> None:
     before = components(3)
     after = resize(before, 8, before.scale, generator()).components
-    for old, new in zip((*before.value, *before.exp_avg, *before.exp_avg_sq), (*after.value, *after.exp_avg, *after.exp_avg_sq), strict=True):
+    for old, new in zip(
+        (*before.value, *before.exp_avg, *before.exp_avg_sq), (*after.value, *after.exp_avg, *after.exp_avg_sq), strict=True
+    ):
         assert torch.equal(new[:3], old)
     assert not after.value.b_rn[3:].any() and not after.exp_avg.a_rd[3:].any()
     bound = 1 / math.sqrt(D)
