@@ -99,7 +99,7 @@ class ReallocationConfig(Section):
     power: Annotated[float, Field(ge=0.0)] = 1.0
     """p of r ∝ score^p; 0 = all units alike."""
     r_min: NonNegative = 1
-    """Smallest rank of a unit; 0 = a unit may lose its adapter (it is then never measured again, and keeps rank 0)."""
+    """Smallest rank of a unit; 0 = a unit may lose its adapter. It then has no gradient to be measured, and scores 0."""
     r_max: Annotated[int, Field(ge=1, le=MAX_RANK)] = 64
     """Largest rank of a unit."""
     granularity: Positive = 1

@@ -12,8 +12,8 @@ from fastlora.lora.resize import Components, Sides, resize
 from tests.tolerances import FP64_EXACT
 
 D, N = 21, 34
-RANKS = (0, 1, 3, 17, 40)
-"""40 is more than d and n allow a product to have."""
+RANKS = (0, 1, 3, 17, 30, 40)
+"""30 and 40 are more than d allows a product to have."""
 
 
 def components(rank: int, scale: float = 2.0, *, d: int = D, n: int = N, b_rank: int | None = None) -> Components:
@@ -122,6 +122,15 @@ def test_the_same_rank_changes_no_bit() -> None:
     before = components(5)
     after = resize(before, 5, before.scale, generator()).components
     assert all(torch.equal(x, y) for x, y in zip((*before.value, *before.exp_avg), (*after.value, *after.exp_avg), strict=True))
+
+
+def test_a_may_be_zero() -> None:
+    """As nothing but a strange lora.init_from makes it."""
+    before = components(5)
+    before = Components(2.0, Sides(0 * before.value.a_rd, before.value.b_rn), before.exp_avg, before.exp_avg_sq)
+    after = resize(before, 3, 2.0, generator())
+    assert not delta_w(after.components).any() and after.whole == 0
+    assert all(torch.isfinite(side).all() for side in (*after.components.exp_avg, *after.components.exp_avg_sq))
 
 
 def test_shrinking_keeps_the_size_of_a() -> None:
