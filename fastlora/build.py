@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from fastlora.flat import FlatParameters, flatten_model
 from fastlora.fused_layers import fuse_layers
 from fastlora.lora.groups import AttachError, projections, shapes
 from fastlora.lora.packed import PackedAdapter, attach
-from fastlora.lora.patterns import describe, resolve
+from fastlora.lora.patterns import describe, resolve, with_ranks
 from fastlora.lora.peft_format import load_adapter, load_b_mask
 from fastlora.model import BaseModel, load_base_model, select_device
 from fastlora.objectives import Objective, PolicyObjective, SupervisedObjective
 from fastlora.ops.registry import ImplementationError, kernels_refuse
 from fastlora.optim import AdamW, learning_rates
+from fastlora.reallocation import check_reallocation
 from fastlora.rewards.models import Policy
 from fastlora.rewards.registry import Rewards, load_rewards
 from fastlora.rollout.replay import RecordingSampler, ReplaySampler
@@ -54,8 +55,8 @@ class Parts:
     eval_examples: tuple[Example, ...]
 
 
-def build(config: RunConfig, console: Console) -> Parts:
-    """Assembles a run; prints what the patterns did.
+def build(config: RunConfig, console: Console, ranks: Mapping[str, int] | None = None) -> Parts:
+    """Assembles a run; prints what the patterns did. ranks: by target module, after a reallocation; None = those of the config.
 
     Raises ConfigError, ImplementationError, ModelError, AttachError, DataError or RewardError, each naming the setting or the row at
     fault.
@@ -64,7 +65,7 @@ def build(config: RunConfig, console: Console) -> Parts:
     model = prepared_model(config)
     train_examples = training_examples(config, model)
     eval_examples = held_out_examples(config, model)
-    adapter, flat = trainable(config, model, console)
+    adapter, flat = trainable(config, model, console, ranks)
     rewards = load_rewards(config.reward, Policy(config, model, adapter))
     rewards.check([*train_examples, *eval_examples])
     sampler, engine = _sampler(config, model, adapter, flat, train_examples, console)
@@ -122,12 +123,18 @@ def recompute_activations(model: BaseModel) -> None:
     model.module.train()  # transformers recomputes in train mode only; the models served have no dropout of their own
 
 
-def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[PackedAdapter | None, FlatParameters]:
-    """What trains: a fresh (or loaded) adapter attached to the model, or all weights of the model."""
+def trainable(
+    config: RunConfig, model: BaseModel, console: Console, ranks: Mapping[str, int] | None
+) -> tuple[PackedAdapter | None, FlatParameters]:
+    """What trains: a fresh (or loaded) adapter attached to the model, or all weights of the model. ranks: see `build`."""
     if config.method == "full":
         return None, flatten_model(model.module)
     layers = projections(model.module)
     specs = resolve(shapes(layers), config.lora)
+    if config.reallocation.every:
+        check_reallocation(specs, shapes(layers), config)
+    if ranks is not None:
+        specs = with_ranks(specs, ranks, config.lora.scaling)
     console.print(describe(specs, shapes(layers)))
     adapter = attach(
         model.module,
@@ -137,7 +144,7 @@ def trainable(config: RunConfig, model: BaseModel, console: Console) -> tuple[Pa
         b_mask_nr=load_b_mask(config.lora.b_mask) if config.lora.b_mask else None,
         cast_to_input=config.trainer.implementation != "reference",
     )
-    if config.lora.init_from:
+    if config.lora.init_from and ranks is None:  # after a reallocation the values come from its checkpoint
         load_into(adapter, config.lora.init_from, config.lora)
     return adapter, adapter.flat
 

@@ -79,6 +79,27 @@ class LoraConfig(Section):
     """PEFT adapter folder to start from instead of B = 0; its ranks must be those of this config."""
 
 
+class ReallocationConfig(Section):
+    """New ranks during a run, from its own gradients; the sum of the ranks stays."""
+
+    every: NonNegative = 0
+    """Steps between reallocations; 0 = never."""
+    unit: Literal["layer", "module"] = "layer"
+    """What gets a rank: a layer (all its target modules the same), or each module its own. The budget is the sum of the units' ranks."""
+    normalise: Literal["none", "sqrt_r", "s_sqrt_r"] = "s_sqrt_r"
+    """What a unit is judged by: the norms of its gradients as they are, by √r, or by s √r, which neither rank nor scale changes."""
+    strategy: str = "proportional"
+    """Name in fastlora/allocation.py that keeps the budget, or `path/to/file.py:function`."""
+    power: Annotated[float, Field(ge=0.0)] = 1.0
+    """p of r ∝ score^p; 0 = all units alike."""
+    r_min: NonNegative = 1
+    """Smallest rank of a unit; 0 = a unit may lose its adapter. It then has no gradient to be measured, and scores 0."""
+    r_max: Annotated[int, Field(ge=1, le=MAX_RANK)] = 64
+    """Largest rank of a unit."""
+    granularity: Positive = 1
+    """Ranks are multiples of this."""
+
+
 class DataConfig(Section):
     """Training and evaluation problems."""
 
@@ -372,6 +393,7 @@ class RunConfig(Section):
     """What trains: the packed adapter, or every weight of the model (the baseline)."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
+    reallocation: ReallocationConfig = ReallocationConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VllmConfig = VllmConfig()
@@ -527,6 +549,32 @@ def _impossibilities(c: RunConfig) -> list[str]:
             c.loss.renormalize_top_p and c.rollout.top_p == 1.0,
             "loss.renormalize_top_p = true does nothing with rollout.top_p = 1, where the nucleus is every token; lower top_p, or set it "
             "false",
+        ),
+        (
+            c.reallocation.every == 0 and c.reallocation != ReallocationConfig(),
+            "[reallocation] is set, but reallocation.every = 0, which is never; set every, or remove the section",
+        ),
+        (
+            c.reallocation.every >= c.trainer.steps,
+            f"reallocation.every = {c.reallocation.every} of trainer.steps = {c.trainer.steps}: no step would follow a reallocation; "
+            "lower every",
+        ),
+        (
+            c.reallocation.r_min > c.reallocation.r_max,
+            f"reallocation.r_min = {c.reallocation.r_min} is above reallocation.r_max = {c.reallocation.r_max}",
+        ),
+        (
+            c.reallocation.every > 0 and c.method == "full",
+            "method = 'full' has no ranks; remove [reallocation]",
+        ),
+        (
+            c.reallocation.every > 0 and c.lora.b_mask is not None,
+            "reallocation.every > 0 with lora.b_mask: shrinking mixes the columns of B that the mask tells apart; remove one of them",
+        ),
+        (
+            c.reallocation.every > 0 and c.lora.freeze_a,
+            "reallocation.every > 0 with lora.freeze_a: shrinking turns A towards what B A has learned, and a frozen A stays as it was "
+            "drawn; set lora.freeze_a = false",
         ),
         (
             c.data.source.startswith("reasoning_gym:") and c.data.train_size == 0,

@@ -253,7 +253,8 @@ def plan_engine(config: RunConfig, model: PreTrainedModel) -> EngineMemory | Non
     if config.rollout.sampler != "vllm" or config.vllm.servers:
         return None
     ranks = [spec.rank for spec in resolve(shapes(projections(model)), config.lora)] if config.method == "lora" else []
-    slot_rank = max_lora_rank(max(ranks, default=1)) if ranks else 0
+    largest = max([*ranks, config.reallocation.r_max] if config.reallocation.every else ranks, default=1)
+    slot_rank = max_lora_rank(largest) if ranks else 0
     card = engine_card(config, select_device(config.model))
     return engine_memory(config, model.config, slot_rank, None if card is None else machine_bytes(card))
 

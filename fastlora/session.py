@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from fastlora.memory_plan import announce_engine, announce_peak
 from fastlora.metrics import MetricsWriter, RunSummary, write_environment
 from fastlora.model import weights_hash
 from fastlora.progress import TrainingProgress, accuracy_table
+from fastlora.reallocation import last_reallocation
 from fastlora.run_folder import RunFolder, create_run_folder, open_run_folder
 from fastlora.statistics import paired_test
 from fastlora.trainer import StoppedError, Trainer
@@ -35,9 +37,12 @@ def start_run(config: RunConfig, config_path: Path | None, console: Console) -> 
     """A new run; returns the exit status. The folder is made only after everything that can be refused was."""
     announce_engine(config, console)
     parts = build(config, console)
+    announce_peak(config, parts, console)
     folder = create_run_folder(config, config_path)
     write_environment(folder.path)
-    return _run(config, parts, folder, console, None)
+    status = _run(config, parts, folder, console, None)
+    del parts  # two models at once may not fit
+    return _next_phases(config, folder, console) if status is None else status
 
 
 def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
@@ -50,11 +55,32 @@ def resume_run(path: Path, console: Console, *, allow_previous: bool) -> int:
             console.print(f"passed over: {line}", markup=False, soft_wrap=True)
         console.print(f"Resuming {path} after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
     announce_engine(config, console)
-    return _run(config, build(config, console), folder, console, checkpoint)
-
-
-def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, checkpoint: Checkpoint | None) -> int:
+    parts = _build(config, console, checkpoint)
     announce_peak(config, parts, console)
+    status = _run(config, parts, folder, console, checkpoint)
+    del parts, checkpoint
+    return _next_phases(config, folder, console) if status is None else status
+
+
+def _next_phases(config: RunConfig, folder: RunFolder, console: Console) -> int:
+    """From one reallocation of ranks to the next, as if the run were resumed each time: there is one way on from a checkpoint."""
+    while True:
+        gc.collect()  # the last phase's model is in reference cycles
+        checkpoint = load_checkpoint(folder.path, config_hash=hash_config(config))
+        console.print(f"The ranks moved after step {checkpoint.step} of {config.trainer.steps}", highlight=False)
+        status = _run(config, _build(config, console, checkpoint), folder, console, checkpoint)
+        if status is not None:
+            return status
+
+
+def _build(config: RunConfig, console: Console, checkpoint: Checkpoint | None) -> Parts:
+    """At the ranks of the checkpoint."""
+    last = None if checkpoint is None else last_reallocation(checkpoint)
+    return build(config, console, None if last is None else last.ranks)
+
+
+def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, checkpoint: Checkpoint | None) -> int | None:
+    """Trains on from the checkpoint; the exit status, or None where the ranks have moved and the rest needs other parts."""
     base_hash = weights_hash(parts.model.module) if config.method == "lora" else None
     with parts.rewards, parts.engine, interruptible() as check_interrupt:
         before = _evaluation(config, parts, folder, "before", 0, console)
@@ -66,16 +92,17 @@ def _run(config: RunConfig, parts: Parts, folder: RunFolder, console: Console, c
                 MetricsWriter(folder.path, tensorboard=config.log.tensorboard, resume_step=resume_step) as writer,
                 TrainingProgress(config.trainer.steps, folder.path.name, completed=trainer.done.step, console=console) as progress,
             ):
-                trainer.run(writer, progress, check_interrupt)
+                finished = trainer.run(writer, progress, check_interrupt)
         except StoppedError as stop:
             raise type(stop)(f"{stop}. Continue with: python train.py --resume {folder.path}") from None
         except FastloraError as error:
             raise type(error)(f"{error}\n{_how_to_go_on(folder)}") from error
-        after = _evaluation(config, parts, folder, "after", trainer.done.optimizer_step, console)
-    _save_result(config, parts, folder)
+        after = _evaluation(config, parts, folder, "after", trainer.done.optimizer_step, console) if finished else None
+    if after is not None:
+        _save_result(config, parts, folder)
     if base_hash is not None and weights_hash(parts.model.module) != base_hash:
         raise BaseChangedError("the frozen base weights changed during training; the adapter in this run cannot be trusted")
-    return _conclude(config, parts, folder, trainer, before, after, console)
+    return None if after is None else _conclude(config, parts, folder, trainer, before, after, console)
 
 
 def _has_metrics(folder: RunFolder) -> bool:

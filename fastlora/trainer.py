@@ -1,7 +1,7 @@
 """The training loop: collect, score, backward, step; metrics, evaluation and checkpoints around it.
 
 `Trainer.run` reads like the algorithm. Everything random is a function of the run's seed and the step, so that the state between
-steps is the parameters, the optimizer, the few numbers of objective and alarms, and the step itself.
+steps is the parameters, their ranks, the optimizer, the few numbers of objective and alarms, and the step itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from fastlora.evaluate import Evaluation, answer_greedily
 from fastlora.gradient_profile import delta_w_norms, rank_component_norms
 from fastlora.gradient_structure import ConsecutiveCosine
 from fastlora.interrupt import Interrupted
-from fastlora.metrics import MetricsWriter
+from fastlora.metrics import GRADIENT_PROFILE_FILE, MetricsWriter, read_gradient_profile
 from fastlora.objectives import StepData
 from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer, TrainingProgress
+from fastlora.reallocation import Carried, Reallocation, carry, last_reallocation, moved_rank, new_ranks
+from fastlora.rollout.sampler import derived_seed
 from fastlora.run_folder import RunFolder
 from fastlora.types import TrainBatch
 
@@ -57,22 +59,29 @@ class Done:
 
 
 class Trainer:
-    """One run. `run()` does the remaining steps."""
+    """One run, or its part up to a reallocation of ranks. `run()` does the remaining steps."""
 
     def __init__(self, config: RunConfig, parts: Parts, folder: RunFolder, resume_from: Checkpoint | None = None) -> None:
         self.config, self.parts, self.folder = config, parts, folder
         self.done = Done()
-        self._torn = False  # parameters have moved since the last finished step
+        self._torn = False  # the parts are not in the state that the last finished step left
         self._cosine = ConsecutiveCosine(parts.flat.grad) if config.log.gradient_cosine else None
         self._alarms = Alarms(config)
+        self._reallocation: Reallocation | None = None  # the last one
         if resume_from is not None:
             self._restore(resume_from)
 
-    def run(self, writer: MetricsWriter, progress: TrainingProgress, check_interrupt: Callable[[], None]) -> None:
-        """Trains to the last step. Raises StoppedError after saving what can be saved; other errors pass through after the same."""
+    def run(self, writer: MetricsWriter, progress: TrainingProgress, check_interrupt: Callable[[], None]) -> bool:
+        """Trains to the last step, or (False) to a checkpoint with other ranks, which the run goes on from with parts built for them.
+
+        Raises StoppedError after saving what can be saved; other errors pass through after the same.
+        """
         trainer = self.config.trainer
         with use_implementation(trainer.implementation), self._saving_on_failure(writer):
             while self.done.step < trainer.steps:
+                if self._reallocation_is_due() and self._reallocate(writer):
+                    check_interrupt()
+                    return False
                 step = self.done.step + 1
                 metrics = self._step(step, writer, check_interrupt)
                 try:
@@ -85,6 +94,31 @@ class Trainer:
                 if step == trainer.steps or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
                     self._save(writer)
                 check_interrupt()
+        return True
+
+    def _reallocation_is_due(self) -> bool:
+        """Before every step that follows a multiple of `reallocation.every`; a resumed run may find it done, or not."""
+        step, every = self.done.step, self.config.reallocation.every
+        return every > 0 and step > 0 and step % every == 0 and (self._reallocation is None or self._reallocation.step < step)
+
+    def _reallocate(self, writer: MetricsWriter) -> bool:
+        """Gives units the ranks that their gradients ask for; True when some moved, and a checkpoint at the new ranks is written."""
+        adapter, step = self.parts.adapter, self.done.step
+        assert adapter is not None, "full fine-tuning with [reallocation] is refused by the config"
+        writer.flush()
+        profile = read_gradient_profile(self.folder.path / GRADIENT_PROFILE_FILE)
+        since = 0 if self._reallocation is None else self._reallocation.step
+        ranks = new_ranks(adapter, profile, since, step, self.config)
+        moved = moved_rank(adapter, ranks)
+        seed = derived_seed(self.config.seed, step)
+        carried = carry(adapter, self.parts.optimizer, ranks, scaling=self.config.lora.scaling, seed=seed)
+        metrics = {"reallocation/moved_rank": float(moved), "reallocation/delta_w_error": carried.delta_w_error}
+        reallocation = Reallocation(step, ranks, metrics)
+        if moved:
+            self._save(writer, reallocation, carried)
+            self._torn = True  # these parts are behind that checkpoint, and must not replace it
+        self._reallocation = reallocation
+        return moved > 0
 
     def _step(self, step: int, writer: MetricsWriter, check_interrupt: Callable[[], None]) -> dict[str, float]:
         """One generation batch: collect it, then an optimizer step per `gradient_accumulation_steps` micro-batches."""
@@ -141,9 +175,11 @@ class Trainer:
         self.done.tokens += data.num_tokens
         step_seconds = sum(seconds.values())
         self.done.seconds += step_seconds
+        reallocated = {} if self._reallocation is None or self._reallocation.step != step - 1 else self._reallocation.metrics
         return {
             **{name: sum(values) / len(values) for name, values in sums.items()},
             **data.metrics,
+            **reallocated,
             **self.parts.objective.step_metrics(),
             **seconds,
             "tokens": float(data.num_tokens),
@@ -170,19 +206,28 @@ class Trainer:
         accuracy = Evaluation(answers).accuracy
         return {"eval/accuracy": accuracy.value, "eval/num_problems": float(accuracy.n)}
 
-    def _save(self, writer: MetricsWriter) -> None:
-        """A checkpoint of the last finished step; metrics reach the disk first, so that they can be cut back to it."""
+    def _save(self, writer: MetricsWriter, reallocation: Reallocation | None = None, carried: Carried | None = None) -> None:
+        """A checkpoint of the last finished step; metrics reach the disk first, so that they can be cut back to it.
+
+        With a reallocation and what it carried over: at the ranks that the next step begins with.
+        """
         writer.flush()
         optimizer_tensors, optimizer = _split_tensors("optimizer", self.parts.optimizer.state_dict())
         objective_tensors, objective = _split_tensors("objective", self.parts.objective.state())
         rng_tensors, rng_json = rng_state()
-        last = {} if self._cosine is None else {"last_gradient": self._cosine.last}
-        tensors = {"parameters": self.parts.flat.data, **last, **rng_tensors, **optimizer_tensors, **objective_tensors}
+        parameters = self.parts.flat.data if carried is None else carried.parameters
+        tensors = {"parameters": parameters, **rng_tensors, **optimizer_tensors, **objective_tensors}
+        if self._cosine is not None:  # across a reallocation, gradients of different ranks have no cosine
+            tensors["last_gradient"] = self._cosine.last if carried is None else torch.zeros_like(parameters)
+        if carried is not None:
+            tensors |= {"optimizer.exp_avg": carried.exp_avg, "optimizer.exp_avg_sq": carried.exp_avg_sq}
+        last = reallocation or self._reallocation
         state: dict[str, Any] = {
             "progress": {name: getattr(self.done, name) for name in Done.__slots__},
             "optimizer": optimizer,
             "objective": objective,
             "alarms": self._alarms.state(),
+            "reallocation": None if last is None else asdict(last),
             "rng": rng_json,
         }
         save_checkpoint(
@@ -204,6 +249,7 @@ class Trainer:
         self.parts.objective.restore(_joined_tensors("objective", tensors) | state["objective"])
         self._alarms.restore(state["alarms"])
         self.done = Done(**state["progress"])
+        self._reallocation = last_reallocation(checkpoint)
         restore_rng_state(tensors, state["rng"])
 
     def _saving_on_failure(self, writer: MetricsWriter) -> ExitStack:

@@ -74,7 +74,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.run_folder",
         "fastlora.selection",
     ),
-    ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.trainer"),
+    ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.reallocation", "fastlora.trainer"),
     (
         "fastlora.doctor",
         "fastlora.dry_run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -15,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from fastlora.analysis.gradient_profile import LayerNorms, Measure, layer_norms, measures
+from fastlora.analysis.gradient_profile import LayerNorms, Measure, layer_norms, mean_ranks, measures
 from fastlora.analysis.run_reader import Run
 from fastlora.analysis.theme import SERIES, THEME, WIDTH, legend_above, styled, svg_element, ticks
 from fastlora.metrics import layer_of
@@ -70,7 +71,10 @@ MISMATCH = {
 MEASURES: dict[Measure, str] = {"raw": "‖g‖", "rank_normalised": "‖g‖ / √r", "delta_w": "‖∂L/∂ΔW‖"}
 """Measures of the gradient profile, as the figures write them."""
 
-SHOWN_ELSEWHERE = ("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems")
+SHOWN_ELSEWHERE = (
+    *("step", "reward/mean", "reward/std", "eval/accuracy", "eval/num_problems"),
+    *("reallocation/moved_rank", "reallocation/delta_w_error"),
+)
 
 
 def _as_svg(draw: Callable[[Run], Figure]) -> Callable[[Run], str]:
@@ -255,6 +259,26 @@ def rank_matrix(run: Run) -> Figure:
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
+    return figure
+
+
+@_as_svg
+def ranks_over_steps(run: Run) -> Figure:
+    """Layer × step, the darker the larger the mean rank of the layer's modules; its number where it has changed."""
+    layers, steps, mean_ls = mean_ranks(run.gradient_profile)
+    figure = Figure(figsize=(WIDTH, max(2.2, 0.22 * len(layers) + 0.9)), layout="constrained")
+    ax = figure.subplots()
+    changes = [0, *(np.flatnonzero(np.any(np.diff(mean_ls, axis=1) != 0, axis=0)) + 1), len(steps)]
+    for first, end in itertools.pairwise(changes):
+        for row, mean in enumerate(mean_ls[:, first]):
+            left, right = steps[first] - 0.5, steps[end - 1] + 0.5
+            shade = 0.06 + 0.74 * mean / mean_ls.max()
+            ax.add_patch(Rectangle((left, row - 0.46), right - left, 0.92, facecolor=SERIES[0], alpha=shade, linewidth=0))
+            ax.text((left + right) / 2, row, f"{mean:.3g}", ha="center", va="center", fontsize=8)
+    ax.set(xlim=(steps[0] - 0.5, steps[-1] + 0.5), ylim=(-0.5, len(layers) - 0.5), xlabel="step", ylabel="layer")
+    ax.set_yticks(range(len(layers)), map(str, layers))
+    ax.xaxis.set_major_locator(ticks(8))
+    ax.grid(visible=False)
     return figure
 
 

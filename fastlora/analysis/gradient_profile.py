@@ -138,6 +138,21 @@ def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
+def mean_ranks(profile: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
+    """(layers [l], steps [s], mean rank of the layer's target modules [l, s]): of all that ever had a rank, 0 where one has none."""
+    kept = profile.filter(pc.equal(profile["matrix"], "B"))
+    layers, row_l = np.unique(kept["layer"].to_numpy(), return_inverse=True)
+    steps, row_s = np.unique(kept["step"].to_numpy(), return_inverse=True)
+    modules, row_m = np.unique(kept["module"].to_pylist(), return_inverse=True)
+    rank_ms = np.zeros((len(modules), len(steps)))
+    rank_ms[row_m, row_s] = kept["rank"].to_numpy()
+    layer_m = np.zeros(len(modules), dtype=np.intp)
+    layer_m[row_m] = row_l
+    sum_ls = np.zeros((len(layers), len(steps)))
+    np.add.at(sum_ls, layer_m, rank_ms)
+    return layers, steps, sum_ls / np.bincount(layer_m)[:, None]
+
+
 def has_gradient(profile: pa.Table) -> bool:
     """Some norm is positive: there is something to draw and to compare."""
     norms = profile["norm"].to_numpy()

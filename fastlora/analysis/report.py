@@ -86,6 +86,7 @@ def render_report(run: Run) -> str:
         samples=run.completions[-SAMPLES_SHOWN:],
         figures={name: Markup(svg) for name, svg in _figures(run).items()},
         constant=figures.constant_metrics(run),
+        reallocations=list(reallocations(run)),
         gradient=gradient_facts(run) if has_gradient(run.gradient_profile) else None,
         top_layers=TOP_LAYERS,
         time=time_facts(run),
@@ -108,6 +109,8 @@ def _figures(run: Run) -> dict[str, str]:
         drawn["metrics"] = figures.metric_panels(run)
     if run.summary.rank_pattern:
         drawn["ranks"] = figures.rank_matrix(run)
+    if any(reallocations(run)):
+        drawn["moves"] = figures.ranks_over_steps(run)
     if has_gradient(run.gradient_profile):
         drawn |= {"gradients": figures.gradient_heat_maps(run), "shares": figures.gradient_shares(run)}
         if "delta_w" in measures(run.gradient_profile):
@@ -172,6 +175,14 @@ def gradient_facts(run: Run) -> list[GradientFacts]:
         shown = early_late if math.isfinite(early_late) else None
         facts.append(GradientFacts(figures.MEASURES[measure], norms.share_ratio, norms.top_share(TOP_LAYERS), shown))
     return facts
+
+
+def reallocations(run: Run) -> Iterator[dict[str, float]]:
+    """After which steps ranks moved, by how much, and what that cut off; a metrics row has it of the step before."""
+    moved = run.metrics.get("reallocation/moved_rank", np.array([]))
+    for row in np.flatnonzero(np.isfinite(moved)):
+        error = run.metrics["reallocation/delta_w_error"][row]
+        yield {"after": run.metrics["step"][row] - 1, "moved": moved[row], "delta_w_error": error}
 
 
 def time_facts(run: Run) -> dict[str, float]:

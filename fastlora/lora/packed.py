@@ -12,7 +12,7 @@ and a gradient norm one table. A is [r, d]; B is stored transposed, [r, n], so t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.flat import FlatParameters, Segment, align
-from fastlora.lora.groups import AttachError, LoraGroup, LoraLinear, input_groups, projections
-from fastlora.lora.patterns import ModuleSpec
+from fastlora.lora.groups import AttachError, LoraGroup, LoraLinear, input_groups, projections, shapes
+from fastlora.lora.patterns import ModuleSpec, ProjectionShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,34 @@ class Slot:
     b_offset: int
     """First element of Bᵀ [r, n] in the flat buffer."""
 
+    def a_rd(self, buffer: Tensor) -> Tensor:
+        """What belongs to A [r, d] in a buffer of the adapter's layout (values, gradients, moments), a view."""
+        return buffer[self.a_offset :][: self.rank * self.in_features].view(self.rank, self.in_features)
+
+    def b_rn(self, buffer: Tensor) -> Tensor:
+        """What belongs to Bᵀ [r, n], likewise."""
+        return buffer[self.b_offset :][: self.rank * self.out_features].view(self.rank, self.out_features)
+
+
+InputGroups = Sequence[Sequence[ProjectionShape]]
+"""The projections of a model, those that read the same x together, adapted or not."""
+
 
 class PackedAdapter:
     """One adapter, attached to one model. `flat` is what the optimizer and the checkpoint see."""
 
-    def __init__(self, slots: Sequence[Slot], groups: Sequence[LoraGroup], flat: FlatParameters) -> None:
-        self.slots = {slot.name: slot for slot in slots}
+    def __init__(
+        self,
+        specs: Sequence[ModuleSpec],
+        input_groups: InputGroups,
+        slots: Mapping[str, Slot],
+        groups: Sequence[LoraGroup],
+        flat: FlatParameters,
+    ) -> None:
+        self.specs = tuple(specs)
+        """Of every target module, rank 0 included."""
+        self.input_groups = input_groups
+        self.slots = dict(slots)
         self.groups = tuple(groups)
         self.flat = flat
 
@@ -60,13 +82,11 @@ class PackedAdapter:
 
     def a_rd(self, name: str) -> Tensor:
         """A of a module [r, d], a view of the flat buffer."""
-        slot = self.slots[name]
-        return self.flat.data[slot.a_offset :][: slot.rank * slot.in_features].view(slot.rank, slot.in_features)
+        return self.slots[name].a_rd(self.flat.data)
 
     def b_rn(self, name: str) -> Tensor:
         """Bᵀ of a module [r, n], a view of the flat buffer."""
-        slot = self.slots[name]
-        return self.flat.data[slot.b_offset :][: slot.rank * slot.out_features].view(slot.rank, slot.out_features)
+        return self.slots[name].b_rn(self.flat.data)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -115,44 +135,43 @@ def attach(
     """
     model.requires_grad_(False)
     layers = projections(model)
-    ranks = {spec.name: spec for spec in specs if spec.rank}
-    if unknown := sorted(ranks.keys() - layers.keys()):
+    if unknown := sorted({spec.name for spec in specs if spec.rank} - layers.keys()):
         raise AttachError(f"{unknown[0]} is not a linear layer of {type(model).__name__}; the adapter is for another model")
-    member_lists = [group for group in input_groups(model, layers) if any(name in ranks for name in group)]
-    a_offsets, end_of_a = _offsets(member_lists, ranks, {name: layer.in_features for name, layer in layers.items()}, 0)
-    b_offsets, end = _offsets(member_lists, ranks, {name: layer.out_features for name, layer in layers.items()}, end_of_a)
-    slots = {
-        spec.name: Slot(
-            spec.name,
-            layers[spec.name].in_features,
-            layers[spec.name].out_features,
-            spec.rank,
-            spec.alpha,
-            spec.scale,
-            a_offsets[spec.name],
-            b_offsets[spec.name],
-        )
-        for spec in ranks.values()
-    }
+    projection = {shape.name: shape for shape in shapes(layers)}
+    inputs = [[projection[name] for name in names] for names in input_groups(model, layers)]
+    slots, size = place(specs, inputs)
     device = next(model.parameters()).device
-    flat = FlatParameters.zeros(end, _segments(slots.values(), freeze_a), device)
-    flat.mask = None if b_mask_nr is None else _flat_mask(b_mask_nr, slots, end, freeze_a).to(device)
+    flat = FlatParameters.zeros(size, _segments(slots.values(), freeze_a), device)
+    flat.mask = None if b_mask_nr is None else _flat_mask(b_mask_nr, slots, size, freeze_a).to(device)
     _initialise_a(flat.data, slots.values(), seed)
-    groups = [_build_group(model, names, layers, slots, flat, freeze_a, cast_to_input) for names in member_lists]
-    return PackedAdapter(list(slots.values()), groups, flat)
+    adapted = [[shape.name for shape in group] for group in inputs if any(shape.name in slots for shape in group)]
+    groups = [_build_group(model, names, layers, slots, flat, freeze_a, cast_to_input) for names in adapted]
+    return PackedAdapter(specs, inputs, slots, groups, flat)
+
+
+def place(specs: Sequence[ModuleSpec], input_groups: InputGroups) -> tuple[dict[str, Slot], int]:
+    """Where every module with a rank lies, by name in the order of the specs, and the elements of the whole buffer."""
+    ranks = {spec.name: spec.rank for spec in specs}
+    a_offsets, end_of_a = _offsets(input_groups, ranks, lambda shape: shape.in_features, 0)
+    b_offsets, end = _offsets(input_groups, ranks, lambda shape: shape.out_features, end_of_a)
+    projection = {shape.name: shape for group in input_groups for shape in group}
+    slots = {}
+    for spec in (spec for spec in specs if spec.rank):
+        shape, offsets = projection[spec.name], (a_offsets[spec.name], b_offsets[spec.name])
+        slots[spec.name] = Slot(spec.name, shape.in_features, shape.out_features, spec.rank, spec.alpha, spec.scale, *offsets)
+    return slots, end
 
 
 def _offsets(
-    groups: Sequence[Sequence[str]], specs: Mapping[str, ModuleSpec], widths: Mapping[str, int], start: int
+    groups: InputGroups, ranks: Mapping[str, int], width: Callable[[ProjectionShape], int], start: int
 ) -> tuple[dict[str, int], int]:
     """First element of every module's matrix, groups aligned, members of a group adjacent; and the end."""
     offsets, position = {}, start
-    for names in groups:
+    for group in groups:
         position = align(position)
-        for name in names:
-            if name in specs:
-                offsets[name] = position
-                position += specs[name].rank * widths[name]
+        for shape in group:
+            offsets[shape.name] = position
+            position += ranks.get(shape.name, 0) * width(shape)
     return offsets, align(position)
 
 
@@ -166,13 +185,16 @@ def _segments(slots: Iterable[Slot], freeze_a: bool) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+def random_a(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """PEFT's default for A [r, d]: Kaiming uniform with a = √5, that is U(−1/√d, 1/√d) whatever the rank."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+
+
 def _initialise_a(flat: Tensor, slots: Iterable[Slot], seed: int) -> None:
-    """PEFT's default for A: Kaiming uniform with a = √5, that is U(−1/√d, 1/√d). B stays 0."""
+    """A of every module from one generator; B stays 0."""
     generator = torch.Generator().manual_seed(seed)
     for slot in slots:
-        a_rd = torch.empty(slot.rank, slot.in_features)
-        nn.init.kaiming_uniform_(a_rd, a=math.sqrt(5), generator=generator)
-        flat[slot.a_offset :][: a_rd.numel()].copy_(a_rd.view(-1))
+        slot.a_rd(flat).copy_(random_a(slot.rank, slot.in_features, generator))
 
 
 def _flat_mask(b_mask_nr: Mapping[str, Tensor], slots: Mapping[str, Slot], size: int, freeze_a: bool) -> Tensor:

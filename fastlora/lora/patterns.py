@@ -59,13 +59,19 @@ def resolve(projections: Sequence[ProjectionShape], config: LoraConfig) -> tuple
     candidates = [name for name in names if name in targets]
     ranks = _assign(config.rank_pattern, candidates, "lora.rank_pattern")
     alphas = _assign(config.alpha_pattern, candidates, "lora.alpha_pattern")
-    specs = []
-    for name in candidates:
-        rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
-        specs.append(ModuleSpec(name, rank, alpha, scale_of(alpha, rank, config.scaling) if rank else 0.0))
+    specs = [_spec(name, ranks.get(name, config.r), alphas.get(name, config.lora_alpha), config.scaling) for name in candidates]
     _check_ranks(specs, projections)
     _check_budgets(specs, projections, config)
     return tuple(specs)
+
+
+def with_ranks(specs: Iterable[ModuleSpec], ranks: Mapping[str, int], scaling: str) -> tuple[ModuleSpec, ...]:
+    """The same modules and alphas at other ranks (module -> rank, one for every spec); s follows `lora.scaling`."""
+    return tuple(_spec(spec.name, ranks[spec.name], spec.alpha, scaling) for spec in specs)
+
+
+def _spec(name: str, rank: int, alpha: float, scaling: str) -> ModuleSpec:
+    return ModuleSpec(name, rank, alpha, scale_of(alpha, rank, scaling) if rank else 0.0)
 
 
 def _hits(key: str, names: Sequence[str], where: str) -> list[str]:

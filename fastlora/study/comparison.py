@@ -14,11 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora.study.claims import Claim, Region, Sample, accuracy_claim, by_interval
-from fastlora.study.config import ThresholdsConfig
-from fastlora.study.pictures import Estimate
-from fastlora.study.report import Table
-from fastlora.study.results import CellResult, ResultError
 from fastlora.statistics import (
     SeededDifference,
     design_needed,
@@ -28,6 +23,11 @@ from fastlora.statistics import (
     paired_test,
     variance_components,
 )
+from fastlora.study.claims import Claim, Region, Sample, accuracy_claim, by_interval
+from fastlora.study.config import ThresholdsConfig
+from fastlora.study.pictures import Estimate
+from fastlora.study.report import Table
+from fastlora.study.results import CellResult, ResultError
 
 Cells = Mapping[str, Mapping[int, CellResult]]
 """Strategy -> seed -> its cell (results.by_strategy)."""

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora.config import ConfigError, RunConfig
+from fastlora.config import RunConfig
 from fastlora.evaluate import Evaluation
-from fastlora.lora.peft_format import anchored
 from fastlora.probe import PROBE_FILE, read_probe
 from fastlora.run_folder import RunFolder
 from fastlora.selection import layer_count, read_layer_scores, select_layers, selected_rank_pattern

@@ -32,7 +32,7 @@ from fastlora.study.cells import Cell
 from fastlora.study.claims import Claim, above, below, by_interval, by_p_value, by_property, conclusions, within
 from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
 from fastlora.study.config import StudyConfig
-from fastlora.study.pictures import Estimate, against, curves, CurvePanel, intervals, stacked_shares
+from fastlora.study.pictures import CurvePanel, against, curves, intervals, stacked_shares
 from fastlora.study.report import Picture, StudyReport, Table
 from fastlora.study.resampling import leave_one_out
 from fastlora.study.results import by_strategy

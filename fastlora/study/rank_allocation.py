@@ -31,7 +31,7 @@ from fastlora.study.cells import Cell
 from fastlora.study.claims import Claim, above, below, by_interval, by_property, conclusions
 from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
 from fastlora.study.config import StudyConfig
-from fastlora.study.pictures import Estimate, heat_maps, intervals, scatter_fits, share_bars
+from fastlora.study.pictures import heat_maps, intervals, scatter_fits, share_bars
 from fastlora.study.report import Picture, StudyReport, Table
 from fastlora.study.resampling import over_steps
 from fastlora.study.results import CellResult, by_strategy, read_cell

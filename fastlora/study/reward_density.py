@@ -20,7 +20,7 @@ import numpy as np
 from fastlora.config import RunConfig
 from fastlora.run_folder import RunFolder
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, Region, above, by_interval, by_property, conclusions, within
+from fastlora.study.claims import Claim, above, by_interval, by_property, conclusions, within
 from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import CurvePanel, Estimate, against, curves, intervals, pass_at_k_curves
