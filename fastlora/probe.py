@@ -89,7 +89,7 @@ class LayerScores:
         return folder / PROBE_FILE
 
 
-def read_layer_scores(path: Path) -> LayerScores:
+def read_probe(path: Path) -> LayerScores:
     """Reads a probe.json. Raises ProbeError when it is missing or damaged."""
     try:
         found = json.loads(path.read_text())

@@ -21,7 +21,7 @@ from fastlora.data import batch_indices
 from fastlora.fused_layers import fuse_layers
 from fastlora.model import BaseModel, weights_hash, wrap_model
 from fastlora.objectives import PolicyObjective, StepData
-from fastlora.probe import ProbeError, gradient_norms, layer_parameters, probe, read_layer_scores, run_probe, with_target
+from fastlora.probe import ProbeError, gradient_norms, layer_parameters, probe, read_probe, run_probe, with_target
 from fastlora.types import Example, TrainBatch
 from tests.exact import make_exact_model, score_one_by_one
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
@@ -179,7 +179,7 @@ def test_the_task_writes_what_the_probe_found(config: RunConfig, tmp_path: Path)
     """From the model's files, in float32; read back as it was."""
     options = {"batches": 2, "layers_at_once": 1}
     run_probe(config, tmp_path, options, lambda message: None)
-    found = read_layer_scores(tmp_path / "probe.json")
+    found = read_probe(tmp_path / "probe.json")
     assert sorted(found.layers) == [0, 1] and found.model == config.model.name
     assert found.seed == 42 and found.batch_size == 1 and found.objective == "sft" and found.seconds > 0
     layer = sum(p.numel() for name, p in make_tiny_model("llama").named_parameters() if name.startswith("model.layers.0."))
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
 
 def test_files_that_are_no_probe(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="no such file"):
-        read_layer_scores(tmp_path / "probe.json")
+        read_probe(tmp_path / "probe.json")
     (tmp_path / "probe.json").write_text('{"layers": {}}')
     with pytest.raises(ProbeError, match="is damaged"):
-        read_layer_scores(tmp_path / "probe.json")
+        read_probe(tmp_path / "probe.json")

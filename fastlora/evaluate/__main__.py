@@ -10,14 +10,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from fastlora.build import held_out_examples
 from fastlora.config import RunConfig, load_config
 from fastlora.errors import FastloraError
-from fastlora.evaluate import evaluate
-from fastlora.lora.saved import attach_saved
-from fastlora.model import load_base_model
-from fastlora.rewards.registry import load_grader
-from fastlora.rollout.torch import TorchSampler
+from fastlora.evaluate.adapter import evaluate_adapter
 from fastlora.run_folder import open_run_folder
 
 
@@ -57,13 +52,7 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         config, adapter = _config(arguments)
-        model = load_base_model(config.model)
-        examples = held_out_examples(config, model)
-        if adapter is not None:
-            attach_saved(model, adapter)
-        sampler = TorchSampler(model, config.rollout.batch_size)
-        with load_grader(config.reward) as rewards:
-            result = evaluate(sampler, rewards.grader, examples, config, adapter_version=0)
+        result = evaluate_adapter(config, adapter)
     except FastloraError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         return 1

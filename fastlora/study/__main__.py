@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         with locked(out / LOCK_FILE, 0.0), ray_running(arguments.ray_address) as ray:
             scheduler = Scheduler(ray, out, config.resources, config.max_retries, console)
             folders = run_stages(study.plan(), scheduler)
-        _report(study, folders, out)
+        _report(study, folders, shlex.join(["python", "-m", "fastlora.study", *argv]), out)
     except (StudyStoppedError, KeyboardInterrupt) as error:
         again = shlex.join(["python", "-m", "fastlora.study", *argv])
         console.print(f"Stopped{f': {error}' if str(error) else ''}. Go on with: {again}", markup=False, soft_wrap=True)
@@ -128,11 +128,11 @@ def _list_cells(cells: Sequence[Cell], config: StudyConfig, out: Path) -> None:
     console.print(f"{len(cells)} cells in stage 1, {resources.cpus} CPUs and {resources.gpus:g} GPUs each; later stages follow from these")
 
 
-def _report(study: Study, folders: Mapping[str, Path], out: Path) -> None:
+def _report(study: Study, folders: Mapping[str, Path], command: str, out: Path) -> None:
     """report.html, report.md and the tables' CSVs, in `out`."""
     from fastlora.study.report import write_study_report  # matplotlib and the runs' readers, only now
 
-    html, markdown, tables = write_study_report(study.report(folders), out)
+    html, markdown, tables = write_study_report(study.report(folders, command), out)
     console = Console(highlight=False)
     console.print(f"report: {html}\n        {markdown}\n        {len(tables)} tables beside it (CSV)", markup=False, soft_wrap=True)
 

@@ -31,7 +31,7 @@ from fastlora.statistics import (
 )
 from fastlora.study.claims import Decision, Estimate, Sample, by_interval, by_p_value, within
 from fastlora.study.report import Table, Value
-from fastlora.study.results import CellResult, ResultError
+from fastlora.study.results import CellResult, Cells, ResultError
 
 Answers = Mapping[int, Sequence[Answer]]
 """Seed -> one strategy's answers to the held-out problems."""
@@ -118,6 +118,32 @@ def mean_accuracy(answers: Answers) -> Estimate:
     right_si = _right(answers)
     pooled = paired_bootstrap(np.zeros_like(right_si), right_si)
     return Estimate(pooled.difference, pooled.low, pooled.high)
+
+
+def accuracy_table(strategies: Cells, published: Mapping[str, float]) -> Table:
+    """A strategy's accuracy before and after training, beside the published one."""
+    rows = []
+    for name, cells in strategies.items():
+        before, after = mean_accuracy(answers_before(cells)), mean_accuracy(answers_after(cells))
+        items = next(iter(cells.values())).accuracy.n
+        rows.append((name, len(cells), items, before.value, after.value, after.low, after.high, published.get(name)))
+    return Table(
+        "accuracy",
+        "Accuracy on held-out problems",
+        ("strategy", "seeds", "items", "before", "after", "low", "high", "published"),
+        tuple(rows),
+        "95 % intervals: Wilson's for one seed, else a bootstrap over items and seeds. Published numbers are of another model and task.",
+    )
+
+
+def accuracies(strategies: Cells) -> dict[str, Estimate]:
+    """After training, by strategy."""
+    return {name: mean_accuracy(answers_after(cells)) for name, cells in strategies.items()}
+
+
+def compare_cells(strategies: Cells, pairs: Sequence[tuple[str, str]]) -> tuple[Comparison, ...]:
+    """`compare` of what the cells answered after training."""
+    return compare({name: answers_after(cells) for name, cells in strategies.items()}, pairs)
 
 
 def comparison_table(comparisons: Sequence[Comparison], published: Mapping[tuple[str, str], float]) -> Table:

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fastlora.config import MAX_RANK, ConfigError, Fraction, NonNegative, Positive, RunConfig, Section, read_toml, validated
+from fastlora.config import MAX_RANK, ConfigError, RunConfig, read_toml, validated
 from fastlora.plugins import is_function_spec
+from fastlora.section import NonNegative, Positive, Section
 
 STUDIES: dict[str, str] = {
     "rank-allocation": "fastlora.study.rank_allocation:RankAllocation",
@@ -102,8 +103,12 @@ class RankAllocationConfig(Section):
     """Ranks are multiples of this."""
     reduced_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
     """Part of the budget that `reduced` spends."""
-    scalings: Several[Scaling] = ("alpha/r",)
-    """Scale modes; every strategy runs under each."""
+    scalings: Several[Scaling] = ("constant",)
+    """Scale modes: all strategies run under the first, uniform and proportional ranks under the others."""
+    scale: Annotated[float, Field(gt=0.0)] = 2.0
+    """s of W + s·B·A at the uniform rank, in every scale mode."""
+    dynamic_every: NonNegative = 0
+    """Also a run that begins with uniform ranks and reallocates them, proportionally, every so many steps; 0 = none."""
 
 
 class LayerSelectionConfig(Section):
@@ -125,6 +130,8 @@ class LayerSelectionConfig(Section):
     """Rank of gate, up and down."""
     objectives: Several[Objective] = ("sft", "grpo")
     """What the cells train."""
+    second_task: dict[str, Any] = {}
+    """[data] settings of a task that is not trained, on which every adapter and the base model answer; {} = none."""
 
 
 class PlacementConfig(Section):
@@ -155,8 +162,16 @@ class RewardDensityConfig(Section):
     """Learning rate with LoRA."""
     lr_full: LearningRate = 1e-5
     """Learning rate of full fine-tuning."""
-    collapse: Fraction = 0.1
+    collapse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """A run whose accuracy falls below this part of the base model's has collapsed."""
+    runs: dict[str, dict[str, Any]] = {}
+    """Regime -> settings of its runs that differ: its rewards, with the section of the reward."""
+    teacher_rank: NonNegative = 0
+    """Rank of a teacher that is trained first, on the base run's reward, and shares the base model; 0 = none, the config names one."""
+    teacher_lr: LearningRate = 3e-4
+    """Its learning rate."""
+    teacher_steps: Positive = 40
+    """Its steps."""
 
 
 class StudyConfig(Section):

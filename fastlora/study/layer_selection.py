@@ -23,13 +23,13 @@ from fastlora.run_folder import RunFolder
 from fastlora.selection import layer_count, read_layer_scores, select_layers, selected_rank_pattern
 from fastlora.statistics import correlation, paired_test
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, above, by_interval, conclusions, within
-from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, by_interval, conclusions
+from fastlora.study.comparisons import Comparison, accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
-from fastlora.study.pictures import Estimate, against, intervals
+from fastlora.study.pictures import against, intervals
 from fastlora.study.report import Picture, StudyReport, Table
 from fastlora.study.resampling import over_steps
-from fastlora.study.results import by_strategy
+from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 from fastlora.study.tasks import EVALUATION_FILE
@@ -93,24 +93,12 @@ class LayerSelection:
         second = {name.removeprefix("second task/"): folder for name, folder in folders.items() if name.startswith("second task/")}
         trained = {name: folder for name, folder in folders.items() if name not in probes and not name.startswith("second task/")}
         cells = by_strategy(trained)
-        found = gaps(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
+        found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
         times = {name: self._time_ratio(cells, name) for name in cells if not name.startswith(f"{ALL}-")} if self._has_all else {}
-        claims = tuple(self._claims(probes, times)) + tuple(
-            gap_claim(
-                f"{gap.second} is as accurate as {gap.first}, to {100 * MARGIN:g} points"
-                if gap.first.startswith(ALL)
-                else f"{gap.second} is more accurate than {gap.first}",
-                gap,
-                within(-MARGIN, MARGIN) if gap.first.startswith(ALL) else above(0.0),
-                self.config.thresholds,
-                source=SOURCE if gap.first.startswith(ALL) else "control, not published",
-                published="broadly matched" if gap.first.startswith(ALL) else "not run",
-            )
-            for gap in found
-        )
+        claims = (*self._claims(probes, times), *map(self._accuracy_claim, found))
         may, may_not = conclusions(claims)
         tables = [accuracy_table(cells, {}), self._selection_table(cells, times), self._probe_table(probes)]
-        tables += [gaps_table(found)] if found else []
+        tables += [comparison_table(found, {})] if found else []
         tables += [_forgetting_table(second)] if second else []
         return StudyReport(
             "Layers chosen by gradient",
@@ -135,6 +123,14 @@ class LayerSelection:
             if other != TOP:
                 yield f"{other}-{objective}", f"{TOP}-{objective}"
 
+    def _accuracy_claim(self, one: Comparison) -> Claim:
+        sample = one.sample(self.config.thresholds.min_items, self.config.thresholds.min_seeds)
+        if one.first.startswith(f"{ALL}-"):
+            text = f"{one.second} is as accurate as {one.first}, to {100 * MARGIN:g} points"
+            return accuracy_claim(text, one.no_difference(MARGIN), sample, source=SOURCE, published="broadly matched")
+        text = f"{one.second} is more accurate than {one.first}"
+        return accuracy_claim(text, one.second_is_higher(), sample, source="control, not published", published="not run")
+
     def _time_ratio(self, cells: Cells, name: str) -> Estimate:
         """Seconds of an update over those of `all`: ratio of medians over the steps, first seed."""
         objective = name.rpartition("-")[2]
@@ -149,9 +145,9 @@ class LayerSelection:
     def _claims(self, probes: Mapping[str, Path], times: Mapping[str, Estimate]) -> Iterator[Claim]:
         for objective in self.own.objectives:
             if (ratio := times.get(f"{TOP}-{objective}")) is not None:
-                saved = (1 - ratio.high, 1 - ratio.low)
+                saved = Estimate(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
                 what = f"1 − update seconds of {TOP} over {ALL}, {objective} (blocks of steps resampled)"
-                yield by_interval(1 - ratio.value, saved, above(LEAST_SAVED), what).claim(
+                yield by_interval(saved, above(LEAST_SAVED), what).claim(
                     f"Adapters on the layers that the probe chose train at least {LEAST_SAVED:.0%} faster ({objective})",
                     source=SOURCE,
                     published="15–28 %, mean 23.1 %",
@@ -160,7 +156,7 @@ class LayerSelection:
         if len(scores) > 1:
             stable = correlation(scores[0], scores[1], method="spearman")
             what = "rank correlation of the layers' scores from two sets of probe batches"
-            yield by_interval(stable.value, (stable.low, stable.high), above(STABLE), what).claim(
+            yield by_interval(stable, above(STABLE), what).claim(
                 "Five probe batches suffice to order the layers", source=SOURCE, published="5 batches of 1, no interval"
             )
 
@@ -179,7 +175,7 @@ class LayerSelection:
             "What was chosen, and what an update costs",
             ("cell", "layers", "lowest", "parameters", "update s", "× all", "low", "high"),
             tuple(rows),
-            f"Seed {self.config.seeds[0]}. The backward pass ends at the lowest adapted layer: a choice with layer 0 in it saves adapters only.",
+            f"Seed {self.config.seeds[0]}. The backward pass ends at the lowest adapted layer, so that layer 0 in a choice costs most.",
         )
 
     def _probe_table(self, probes: Mapping[str, Path]) -> Table:
@@ -202,7 +198,7 @@ class LayerSelection:
             Picture(
                 "accuracy-by-selection",
                 "Accuracy",
-                intervals({name: accuracy(by_seed) for name, by_seed in cells.items()}, "accuracy on held-out problems"),
+                intervals(accuracies(cells), "accuracy on held-out problems"),
                 "95 % intervals.",
             ),
         ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
 from torch import Tensor
@@ -29,13 +30,13 @@ from fastlora.placement import overlap, projection_shares, scores, top_k_mask
 from fastlora.scoring import SCORES_FILE, STRUCTURE_FILE, SUMS, read_sums
 from fastlora.statistics import holm
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, above, below, by_interval, by_p_value, by_property, conclusions, within
-from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, below, by_interval, by_p_value, by_property, conclusions
+from fastlora.study.comparisons import Comparison, accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import CurvePanel, against, curves, intervals, stacked_shares
-from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.report import Picture, StudyReport, Table, Value
 from fastlora.study.resampling import leave_one_out
-from fastlora.study.results import by_strategy
+from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import setting
 from fastlora.study.studies import Plan
 
@@ -82,7 +83,7 @@ class Structured:
     def _unit_eigenvalues(self, batches: NDArray[np.int64]) -> NDArray[np.float64]:
         gram = self.gram_bb[np.ix_(batches, batches)]
         norms = np.sqrt(gram.diagonal())
-        return np.linalg.eigvalsh(gram / np.outer(norms, norms))
+        return np.asarray(np.linalg.eigvalsh(gram / np.outer(norms, norms)), dtype=np.float64)
 
 
 class Placement:
@@ -140,11 +141,11 @@ class Placement:
             for seed in self.config.seeds
             for name, file in self._masks(scoring[f"scores/{objective}/seed-{seed}"], seed)
         }
-        found = gaps(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
-        claims = (*self._mechanism_claims(cells, structures, masks), *(self._accuracy_claim(gap) for gap in found))
+        found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
+        claims = (*self._mechanism_claims(cells, structures, masks), *map(self._accuracy_claim, found))
         may, may_not = conclusions(claims)
         tables = [accuracy_table(cells, {}), _structure_table(structures), self._projection_table(masks), self._cost_table(cells)]
-        tables += [gaps_table(found)] if found else []
+        tables += [comparison_table(found, {})] if found else []
         tables += [table] if (table := _overlap_table(masks)).rows else []
         return StudyReport(
             "Placement of k trainable entries in B",
@@ -167,17 +168,18 @@ class Placement:
                         yield f"{_mask_name(RANDOM, scope, k)}-{objective}", informed
                     yield f"lora-{objective}", informed
 
-    def _accuracy_claim(self, gap: Any) -> Claim:
-        objective = gap.second.rpartition("-")[2]
-        settings = {"thresholds": self.config.thresholds, "source": SOURCE}
-        if gap.first.startswith("lora"):
-            text, published = f"{gap.second} recovers LoRA, to {100 * MARGIN:g} points", "recovered if informed"
-            return gap_claim(text, gap, above(-MARGIN), published=published, **settings)
-        if objective == "sft":
-            text, published = f"Under SFT {gap.second} is no better than random", "random ≈ informed"
-            return gap_claim(text, gap, within(-MARGIN, MARGIN), published=published, **settings)
-        text, published = f"Under GRPO {gap.second} is better than random", "random stays at the base model"
-        return gap_claim(text, gap, above(0.0), published=published, **settings)
+    def _accuracy_claim(self, one: Comparison) -> Claim:
+        sample = one.sample(self.config.thresholds.min_items, self.config.thresholds.min_seeds)
+        if one.first.startswith("lora"):
+            text, published = f"{one.second} recovers LoRA, to {100 * MARGIN:g} points", "recovered if informed"
+            decision = by_interval(one.gap, above(-MARGIN), f"the accuracy of {one.second} less that of {one.first}")
+        elif one.second.endswith("-sft"):
+            text, published = f"Under SFT {one.second} is no better than random", "random ≈ informed"
+            decision = one.no_difference(MARGIN)
+        else:
+            text, published = f"Under GRPO {one.second} is better than random", "random stays at the base model"
+            decision = one.second_is_higher()
+        return accuracy_claim(text, decision, sample, source=SOURCE, published=published)
 
     def _mechanism_claims(self, cells: Cells, structures: list[Structured], masks: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Claim]:
         exact = {name: sum(int(mask.sum()) for mask in one.values()) == _k_of(name) for name, one in masks.items()}
@@ -187,7 +189,7 @@ class Placement:
             grpo = first["grpo"]
             cosine = leave_one_out(grpo.cosine, grpo.batches)
             what = "mean cosine of consecutive GRPO gradients (jackknife over batches)"
-            yield by_interval(cosine.value, (cosine.low, cosine.high), below(ORTHOGONAL), what).claim(
+            yield by_interval(cosine, below(ORTHOGONAL), what).claim(
                 "GRPO gradients are nearly orthogonal from step to step", source=f"{SOURCE}, figure 3", published="near 0"
             )
         if {"grpo", "sft"} <= first.keys():
@@ -226,14 +228,14 @@ class Placement:
             here = one.seconds / (self.config.base_run().trainer.steps * float(np.mean(steps)))
             held = {f"{share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of the steps here": share < MOST_SHARE}
             yield by_property(held, f"scoring seconds below {MOST_SHARE:.1%} of {PUBLISHED_STEPS:,} steps").claim(
-                f"Scoring is cheap ({one.objective}, seed {one.seed}: {one.seconds:.0f} s, {share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of this study's)",
+                f"Scoring is cheap ({one.objective}, seed {one.seed}: {one.seconds:.0f} s)",
                 source=SOURCE,
                 published="< 10 s, < .5 %",
             )
 
     def _projection_table(self, masks: Mapping[str, Mapping[str, Tensor]]) -> Table:
         kinds = tuple(projection_shares(next(iter(masks.values()))))
-        rows = []
+        rows: list[tuple[Value, ...]] = []
         for name, mask in masks.items():
             shares = projection_shares(mask)
             rows.append((name, _k_of(name), *(shares[kind].share_of_chosen for kind in kinds)))
@@ -242,7 +244,7 @@ class Placement:
         return Table("projections", "Where the chosen entries are", ("mask", "k", *kinds), tuple(rows), "Last row: by chance.")
 
     def _cost_table(self, cells: Cells) -> Table:
-        rows = []
+        rows: list[tuple[Value, ...]] = []
         for name, by_seed in cells.items():
             for seed, cell in by_seed.items():
                 summary = cell.run.summary
@@ -273,7 +275,7 @@ class Placement:
             if name.endswith(f"/seed-{first}") and f"-{self.own.scopes[0]}-{self.own.k[-1]}-" in name
         }
         length = min(one.batches for one in structures) - 1
-        cosines = {
+        cosines: dict[str, NDArray[np.float64]] = {
             objective: np.array([_consecutive(one)[:length] for one in structures if one.objective == objective])
             for objective in self.own.objectives
         }
@@ -292,16 +294,15 @@ class Placement:
             Picture(
                 "accuracy-by-cell",
                 "Accuracy",
-                intervals({name: accuracy(by_seed) for name, by_seed in cells.items()}, "accuracy on held-out problems"),
+                intervals(accuracies(cells), "accuracy on held-out problems"),
                 "95 % intervals.",
             ),
         )
 
-    def _accuracy_by_k(self, cells: Cells) -> Any:
-        series = {
-            f"{kind}, {objective}": {
-                float(k): accuracy(cells[f"{_mask_name(kind, self.own.scopes[0], k)}-{objective}"]) for k in self.own.k
-            }
+    def _accuracy_by_k(self, cells: Cells) -> Figure:
+        found = accuracies(cells)
+        series: dict[str, dict[float, Estimate]] = {
+            f"{kind}, {objective}": {float(k): found[f"{_mask_name(kind, self.own.scopes[0], k)}-{objective}"] for k in self.own.k}
             for objective in self.own.objectives
             for kind in self.own.scores
         }
@@ -339,7 +340,7 @@ def _contrast(text: str, measure: str, sft: Structured, grpo: Structured) -> Cla
     value = a.value - b.value
     what = f"{measure.replace('_', ' ')}, {one.objective} − {two.objective} (jackknife over batches)"
     published = "SFT low-rank and stable, GRPO high-rank and nearly orthogonal"
-    return by_interval(value, (value - reach, value + reach), above(0.0), what).claim(
+    return by_interval(Estimate(value, value - reach, value + reach), above(0.0), what).claim(
         text, source=f"{SOURCE}, figure 3", published=published
     )
 
@@ -355,7 +356,7 @@ def _concentration(mask: Mapping[str, Tensor]) -> tuple[float, float, float]:
 
 
 def _structure_table(structures: list[Structured]) -> Table:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for one in structures:
         everything = np.arange(one.batches)
         ranks = [leave_one_out(measure, one.batches) for measure in (one.stable_rank, one.effective_rank)]
@@ -376,13 +377,13 @@ def _structure_table(structures: list[Structured]) -> Table:
         "Structure of the gradients of B at initialisation",
         ("objective", "seed", "batches", "without signal", "mean cosine", *columns, "scoring s"),
         tuple(rows),
-        "Every batch's gradient scaled to length 1; both ranks lie between 1 (one direction) and the number of batches (all orthogonal). Jackknife.",
+        "Every batch's gradient at length 1: ranks from 1 (one direction) to the number of batches (all orthogonal). Jackknife.",
     )
 
 
 def _overlap_table(masks: Mapping[str, Mapping[str, Tensor]]) -> Table:
     """Masks of one kind and k between seeds and between objectives."""
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for one, two in combinations(masks, 2):
         (name_one, _, seed_one), (name_two, _, seed_two) = (name.partition("/") for name in (one, two))
         kind_one, kind_two = (name.rpartition("-")[0] for name in (name_one, name_two))

@@ -28,13 +28,13 @@ from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, above, below, by_interval, by_property, conclusions
-from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.claims import Claim, Decision, Region, above, accuracy_claim, below, by_interval, by_property, conclusions
+from fastlora.study.comparisons import accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import heat_maps, intervals, scatter_fits, share_bars
-from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.report import Picture, StudyReport, Table, Value
 from fastlora.study.resampling import over_steps
-from fastlora.study.results import CellResult, by_strategy, read_cell
+from fastlora.study.results import CellResult, Cells, by_strategy, read_cell
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 
@@ -44,6 +44,7 @@ PUBLISHED_ACCURACY = {"reduced": 0.65, "random": 0.675, "proportional": 0.70, "u
 """GSM8K, Qwen2.5-1.5B-Instruct, 200 problems, one seed; the base model .66."""
 PUBLISHED_RATIO = {"uniform": 2.17, "proportional": 3.00, "reduced": 3.57}
 PUBLISHED_SHIFT = {"random": 0.972, "proportional": 0.946}
+MEASURES: tuple[Measure, ...] = ("raw", "rank_normalised", "delta_w")
 TOP_LAYERS = 0.3
 FLAT = 0.5
 """A profile whose strongest 30 % of layers carry less than half is called flat: published are 36 % under GRPO, above 80 % under SFT."""
@@ -148,27 +149,24 @@ class RankAllocation:
         cells = by_strategy(folders)
         main = {name.partition(" @ ")[0]: by_seed for name, by_seed in cells.items() if name.endswith(f" @ {self.own.scalings[0]}")}
         profiled = [self._profiled(main, strategy, seed) for strategy, by_seed in main.items() for seed in by_seed]
-        pairs = [(UNIFORM, name) for name in main if name != UNIFORM]
-        pairs += [("shuffled-proportional", "proportional")] if {"shuffled-proportional", "proportional"} <= main.keys() else []
-        found = gaps(main, pairs)
+        found = compare_cells(main, list(_pairs(main)))
         claims = (
             *self._mechanism_claims(main, profiled),
             *(
-                gap_claim(
-                    f"{gap.first} ranks are better than {gap.second} ones",
-                    gap,
-                    below(0.0),
-                    self.config.thresholds,
-                    source=f"{SOURCE}, table 1" if gap.second in PUBLISHED_ACCURACY else "control, not published",
-                    published=_published_gap(gap.first, gap.second),
+                accuracy_claim(
+                    f"{one.second} ranks are better than {one.first} ones",
+                    one.second_is_higher(),
+                    one.sample(self.config.thresholds.min_items, self.config.thresholds.min_seeds),
+                    source=f"{SOURCE}, table 1" if one.first in PUBLISHED_ACCURACY else "control, not published",
+                    published=_published_gap(one.first, one.second),
                 )
-                for gap in found
+                for one in found
             ),
         )
         may, may_not = conclusions(claims)
         tables = (
             accuracy_table(cells, {f"{name} @ {self.own.scalings[0]}": value for name, value in PUBLISHED_ACCURACY.items()}),
-            gaps_table(found),
+            comparison_table(found, _published_gaps()),
             _ratio_table(profiled),
             self._ablation_table(cells),
         )
@@ -185,13 +183,12 @@ class RankAllocation:
 
     def _profiled(self, main: Cells, strategy: str, seed: int) -> Profiled:
         cell, uniform = main[strategy][seed], main[UNIFORM][seed]
-        measures: tuple[Measure, ...] = ("raw", "rank_normalised", "delta_w")
         return Profiled(
             strategy,
             seed,
             self._layer_ranks(cell),
-            {measure: cell.layer_norms(measure) for measure in measures},
-            {measure: uniform.layer_norms(measure) for measure in measures},
+            {measure: cell.layer_norms(measure) for measure in MEASURES},
+            {measure: uniform.layer_norms(measure) for measure in MEASURES},
             self._layer_ranks(uniform),
         )
 
@@ -217,7 +214,7 @@ class RankAllocation:
         shares_ls = uniform.norms["raw"].shares_ls
         third = shares_ls.shape[1] // 3
         stable = correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
-        yield by_interval(stable.value, (stable.low, stable.high), above(STABLE), "correlation of early and late profile").claim(
+        yield by_interval(stable, above(STABLE), "correlation of early and late profile").claim(
             "The profile is stable over training", source=f"{SOURCE}, section 4", published=".962"
         )
         proportional = next((one for one in profiled if one.strategy == "proportional" and one.seed == first), None)
@@ -225,20 +222,20 @@ class RankAllocation:
             yield from _amplification_claims(proportional)
 
     def _ablation_table(self, cells: Cells) -> Table:
-        rows = []
+        rows: list[tuple[Value, ...]] = []
         for name, by_seed in cells.items():
             strategy, _, scaling = name.partition(" @ ")
             if strategy not in (UNIFORM, "proportional"):
                 continue
             for seed, cell in by_seed.items():
-                ratios = [share_ratio(cell.layer_norms(measure).share_l.tolist()) for measure in ("raw", "rank_normalised", "delta_w")]
+                ratios = [share_ratio(cell.layer_norms(measure).share_l.tolist()) for measure in MEASURES]
                 rows.append((scaling, strategy, seed, *ratios, cell.accuracy.value))
         return Table(
             "scale-modes",
             "Scale modes: α s, constant or by rank",
             ("scale mode", "strategy", "seed", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "accuracy"),
             tuple(rows),
-            f"All modes have s = {self.own.scale:g} at rank {self.own.rank}. With alpha/r a larger rank has a smaller scale, and its norm falls.",
+            f"All modes have s = {self.own.scale:g} at rank {self.own.rank}. With alpha/r a larger rank has a smaller scale.",
         )
 
     def _pictures(self, main: Cells, profiled: list[Profiled]) -> tuple[Picture, ...]:
@@ -251,7 +248,6 @@ class RankAllocation:
             for one in shown
             if len(set(one.ranks_l)) > 1
         }
-        estimates = {strategy: accuracy(by_seed) for strategy, by_seed in main.items()}
         return (
             Picture(
                 "heat-map",
@@ -275,7 +271,7 @@ class RankAllocation:
                 scatter_fits(scatter, "rank", "change of share"),
                 f"Seed {first}; published correlations: random .972, proportional .946.",
             ),
-            Picture("accuracy-by-strategy", "Accuracy", intervals(estimates, "accuracy on held-out problems"), "95 % intervals."),
+            Picture("accuracy-by-strategy", "Accuracy", intervals(accuracies(main), "accuracy on held-out problems"), "95 % intervals."),
         )
 
 
@@ -284,10 +280,20 @@ def named(strategy: str, scaling: str, seed: int) -> str:
     return f"{strategy} @ {scaling}/seed-{seed}"
 
 
+def _pairs(main: Cells) -> Iterator[tuple[str, str]]:
+    """Every strategy against uniform ranks, and the profile's order against chance."""
+    yield from ((name, UNIFORM) for name in main if name != UNIFORM)
+    if {"shuffled-proportional", "proportional"} <= main.keys():
+        yield "shuffled-proportional", "proportional"
+
+
+def _published_gaps() -> dict[tuple[str, str], float]:
+    return {(name, UNIFORM): PUBLISHED_ACCURACY[UNIFORM] - value for name, value in PUBLISHED_ACCURACY.items() if name != UNIFORM}
+
+
 def _published_gap(first: str, second: str) -> str:
-    if first in PUBLISHED_ACCURACY and second in PUBLISHED_ACCURACY:
-        return f"{100 * (PUBLISHED_ACCURACY[second] - PUBLISHED_ACCURACY[first]):+.1f} points (200 problems, one seed)"
-    return "not run"
+    gap = _published_gaps().get((first, second))
+    return "not run" if gap is None else f"{100 * gap:+.1f} points (200 problems, one seed)"
 
 
 def _top_share(norms: LayerNorms, steps: NDArray[np.int64]) -> float:
@@ -295,9 +301,8 @@ def _top_share(norms: LayerNorms, steps: NDArray[np.int64]) -> float:
     return float(share_l[: math.ceil(TOP_LAYERS * len(share_l))].sum())
 
 
-def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Any, what: str) -> Any:
-    estimate = over_steps(statistic, num_steps)
-    return by_interval(estimate.value, (estimate.low, estimate.high), region, f"{what} (blocks of steps resampled)")
+def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Region, what: str) -> Decision:
+    return by_interval(over_steps(statistic, num_steps), region, f"{what} (blocks of steps resampled)")
 
 
 def _amplification_claims(one: Profiled) -> Iterator[Claim]:
@@ -327,7 +332,7 @@ def _amplification_claims(one: Profiled) -> Iterator[Claim]:
 
 
 def _ratio_table(profiled: list[Profiled]) -> Table:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for one in profiled:
         steps = np.arange(one.num_steps)
         shift: str | None = None
@@ -341,7 +346,7 @@ def _ratio_table(profiled: list[Profiled]) -> Table:
                 one.seed,
                 f"{min(one.ranks_l)}–{max(one.ranks_l)}",
                 sum(one.ranks_l),
-                *(one.ratio(measure, steps) for measure in ("raw", "rank_normalised", "delta_w")),
+                *(one.ratio(measure, steps) for measure in MEASURES),
                 predicted,
                 PUBLISHED_RATIO.get(one.strategy),
                 _top_share(one.norms["raw"], steps),

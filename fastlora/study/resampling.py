@@ -3,7 +3,8 @@
     over steps      the steps of a run resampled in blocks, the same ones in all runs that are compared    (Künsch 1989, moving blocks)
     leave one out   jackknife: se² = (b − 1)/b Σ (θ_(i) − θ̄)²                                                (Efron & Stein 1981)
 
-Neighbouring steps are alike, so that single steps would make intervals too narrow. Neither interval says anything about other seeds or models.
+Neighbouring steps are alike, so that single steps would make intervals too narrow. Neither interval says anything about other seeds or
+models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from fastlora.study.pictures import Estimate
+from fastlora.study.claims import Estimate
 
 RESAMPLES = 2000
 """Limits repeat to about 2 % of an interval's width."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora.analysis.gradient_profile import LayerNorms, has_gradient, layer_norms
+from fastlora.analysis.gradient_profile import LayerNorms, Measure, has_gradient, layer_norms
 from fastlora.analysis.run_reader import Run, RunReadError, read_run
 from fastlora.errors import FastloraError
 from fastlora.metrics import MetricsError
@@ -93,11 +93,11 @@ class CellResult:
         """Stage -> seconds of all steps together."""
         return {stage: float(np.nansum(self.column(f"seconds/{stage}"))) for stage in (*STAGES, "other")}
 
-    def layer_norms(self, matrices: str = "AB", *, rank_normalised: bool = False) -> LayerNorms:
+    def layer_norms(self, measure: Measure = "raw", matrices: str = "AB") -> LayerNorms:
         """Gradient norms by layer and step. Raises ResultError when nothing was recorded (full fine-tuning) or all was zero."""
         if not has_gradient(self.run.gradient_profile):
             raise ResultError(f"cell {self.name} ({self.run.path}): its gradient profile has no gradient: full fine-tuning, or no step")
-        return layer_norms(self.run.gradient_profile, matrices, rank_normalised)
+        return layer_norms(self.run.gradient_profile, measure, matrices)
 
 
 def read_cell(name: str, folder: Path) -> CellResult:
@@ -116,6 +116,10 @@ def read_cell(name: str, folder: Path) -> CellResult:
         return CellResult(name, read_run(folder))
     except (RunReadError, MetricsError) as error:
         raise ResultError(f"cell {name} is damaged: {error}. To compute it anew, remove {folder} and run the study again") from None
+
+
+Cells = Mapping[str, Mapping[int, CellResult]]
+"""Strategy -> seed -> cell."""
 
 
 def by_strategy(folders: Mapping[str, Path]) -> dict[str, dict[int, CellResult]]:

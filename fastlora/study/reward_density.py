@@ -5,8 +5,8 @@ Stage 1, if `teacher_rank` is given: a teacher is trained per seed on the outcom
 distils; else reward.distillation of the config's `regimes` names one.
 Stage 2: every regime × rank × seed, and full fine-tuning in float32 with its own learning rate.
 
-The regimes differ in their rewards alone: each is a set of changes to the base run ([reward_density.runs.REGIME]), and everything behind the
-deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Base on MATH, judged on 100 problems of MATH-500.
+The regimes differ in their rewards alone: each is a set of changes to the base run ([reward_density.runs.REGIME]), and everything behind
+the deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Base on MATH, judged on 100 problems of MATH-500.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import ttest_ind
 
 from fastlora.config import RunConfig
 from fastlora.run_folder import RunFolder
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, above, by_interval, by_property, conclusions, within
-from fastlora.study.comparison import Cells, accuracy, accuracy_table, gap_claim, gaps, gaps_table
+from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, by_interval, by_property, conclusions
+from fastlora.study.comparisons import accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
-from fastlora.study.pictures import CurvePanel, Estimate, against, curves, intervals, pass_at_k_curves
+from fastlora.study.pictures import CurvePanel, against, curves, intervals, pass_at_k_curves
 from fastlora.study.report import Picture, StudyReport, Table
-from fastlora.study.results import CellResult, by_strategy, stack
+from fastlora.study.results import CellResult, Cells, by_strategy, stack
 from fastlora.study.setting import setting
 from fastlora.study.studies import Plan
 
@@ -95,22 +96,22 @@ class RewardDensity:
         """Tables, figures and verdicts of all cells."""
         cells = by_strategy(folders)
         students = {name: by_seed for name, by_seed in cells.items() if name != TEACHER}
-        found = gaps(students, list(self._pairs()))
+        found = compare_cells(students, list(self._pairs()))
+        thresholds = self.config.thresholds
         inside = [
-            gap_claim(
-                f"{gap.second} is as accurate as full fine-tuning, to {100 * BAND:g} points",
-                gap,
-                within(-BAND, BAND),
-                self.config.thresholds,
+            accuracy_claim(
+                f"{one.second} is as accurate as full fine-tuning, to {100 * BAND:g} points",
+                one.no_difference(BAND),
+                one.sample(thresholds.min_items, thresholds.min_seeds),
                 source=SOURCE,
-                published=self._published_gap(gap.second),
+                published=self._published_gap(one.second),
             )
-            for gap in found
+            for one in found
         ]
         claims = (*self._advantage_claims(students), *self._collapse_claims(students), *inside)
         may, may_not = conclusions(claims)
         tables = [accuracy_table(cells, {f"{regime} r {size}": a for regime, by in PUBLISHED_ACCURACY.items() for size, a in by.items()})]
-        tables += [self._dynamics_table(students)] + ([gaps_table(found)] if found else [])
+        tables += [self._dynamics_table(students)] + ([comparison_table(found, {})] if found else [])
         return StudyReport(
             "Reward density and LoRA capacity",
             "reward-density",
@@ -144,7 +145,7 @@ class RewardDensity:
                 continue
             estimate = _log_ratio(self._peaks(students, dense), self._peaks(students, sparse))
             what = f"log of the peak advantage std, {dense} over {sparse} (Welch, over ranks and seeds)"
-            yield by_interval(estimate.value, (estimate.low, estimate.high), above(0.0), what).claim(
+            yield by_interval(estimate, above(0.0), what).claim(
                 f"Peak advantage std is larger under {dense} than under {sparse} rewards",
                 source=f"{SOURCE}, peak advantage std",
                 published=f"{PUBLISHED_STD[dense]:.2f} against {PUBLISHED_STD[sparse]:.2f}",
@@ -197,10 +198,10 @@ class RewardDensity:
         return Table("dynamics", "How the runs went", ("cell", "seed", *columns), tuple(rows), "Published peaks are over all ranks.")
 
     def _pictures(self, cells: Cells, students: Cells) -> tuple[Picture, ...]:
-        pictures = []
+        pictures, found = [], accuracies(cells)
         for regime in self.own.regimes:
-            series = {regime: {float(rank): accuracy(students[f"{regime} r {rank}"]) for rank in self.own.ranks}}
-            band = ("full fine-tuning", accuracy(students[f"{regime} r {FULL}"])) if self.own.full else None
+            series: dict[str, dict[float, Estimate]] = {regime: {float(rank): found[f"{regime} r {rank}"] for rank in self.own.ranks}}
+            band = ("full fine-tuning", found[f"{regime} r {FULL}"]) if self.own.full else None
             figure = against(series, "rank", "accuracy on held-out problems", band=band)
             pictures.append(Picture(f"accuracy-{regime}", f"Accuracy against rank, {regime} rewards", figure, "95 % intervals."))
         shown = {name: list(by_seed.values()) for name, by_seed in students.items() if name.endswith(f" r {self.own.ranks[-1]}")}
@@ -215,8 +216,7 @@ class RewardDensity:
             panels.append(CurvePanel(title, label, steps, {name: values for name, (_, values) in stacked.items()}, percent=percent))
         caption = f"Rank {self.own.ranks[-1]}; mean of the seeds, and their range."
         pictures.append(Picture("collapse", "Advantages, truncation and reward over training", curves(panels), caption))
-        estimates = {name: accuracy(by_seed) for name, by_seed in cells.items()}
-        pictures.append(Picture("accuracy-by-cell", "Accuracy", intervals(estimates, "accuracy on held-out problems"), "95 % intervals."))
+        pictures.append(Picture("accuracy-by-cell", "Accuracy", intervals(found, "accuracy on held-out problems"), "95 % intervals."))
         if passes := _pass_at_k(cells):
             pictures.append(Picture("pass-at-k", "pass@k", pass_at_k_curves(passes), "First seed; problems resampled."))
         return tuple(pictures)
@@ -230,8 +230,6 @@ def _collapsed(cell: CellResult, fraction: float) -> bool:
 
 def _log_ratio(first: list[float], second: list[float]) -> Estimate:
     """Of geometric means, with Welch's t interval of the difference of logs; without limits (NaN) for fewer than two cells on a side."""
-    from scipy.stats import ttest_ind
-
     one, two = np.log(first), np.log(second)
     value = float(one.mean() - two.mean())
     if min(len(one), len(two)) < 2:

@@ -27,8 +27,8 @@ class Study(Protocol):
         """The stages. Must yield the same cells again when the command is repeated, which then skips the finished ones."""
         ...
 
-    def report(self, folders: Mapping[str, Path]) -> StudyReport:
-        """The report on all cells: {cell name: folder}."""
+    def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
+        """The report on all cells: {cell name: folder}. command: what was typed, for its setting."""
         ...
 
 

@@ -13,6 +13,9 @@ from typing import Any
 from fastlora.config import ConfigError, RunConfig
 from fastlora.plugins import is_function_spec, load_function
 
+EVALUATION_FILE = "evaluation.jsonl"
+"""Of the evaluate task."""
+
 Say = Callable[[str], None]
 """Writes a line to the cell's log."""
 
@@ -39,9 +42,32 @@ def train(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say)
     resume_run(folder, Console(force_terminal=False, width=140), allow_previous=True)
 
 
-TASKS: dict[str, Task] = {
-    "train": train,
-}
+def probe(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Scores of layers: probe.json."""
+    from fastlora.probe import run_probe
+
+    run_probe(config, folder, options, say)
+
+
+def score(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Sums of the gradients of B: scores.safetensors, structure.json."""
+    from fastlora.scoring import run_score
+
+    run_score(config, folder, options, say)
+
+
+def evaluate(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Greedy answers of the base model, or of lora.init_from on it, to the config's held-out problems: evaluation.jsonl."""
+    from fastlora.evaluate.adapter import evaluate_adapter
+
+    if options:
+        raise ConfigError(f"task 'evaluate' has no options; the cell's config says all of it (got {', '.join(options)})")
+    result = evaluate_adapter(config, config.lora.init_from)
+    say(f"accuracy {result.accuracy}")
+    result.write(folder / EVALUATION_FILE)
+
+
+TASKS: dict[str, Task] = {"train": train, "probe": probe, "score": score, "evaluate": evaluate}
 
 
 def load_task(name: str) -> Task:

@@ -32,7 +32,7 @@ class Little:
         files = sum(len(list(folder.iterdir())) > 0 for folder in folders.values())
         yield [Cell("second", self.config.run_config({"optim.lr": files / 1000}), f"{TASKS}:write")]
 
-    def report(self, folders: Mapping[str, Path]) -> StudyReport:
+    def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
         from fastlora.study.report import StudyReport, Table
 
         setting = dict.fromkeys(("command", "commit", "machine", "items", "seeds", "scale"), "of a test")
