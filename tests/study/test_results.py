@@ -167,6 +167,12 @@ def test_comparisons_are_mcnemar_a_seed_and_holm_together() -> None:
     assert [one.p_holm for one in found] == pytest.approx(multipletests([one.pooled.p_value for one in found], method="holm")[1])
 
 
+def test_the_order_of_the_seeds_does_not_matter() -> None:
+    backwards = dict(reversed(STRATEGY_ANSWERS["low"].items()))
+    (one,), (other,) = (compare({"a": STRATEGY_ANSWERS["base"], "b": b}, [("a", "b")]) for b in (STRATEGY_ANSWERS["low"], backwards))
+    assert one == other
+
+
 def test_verdicts_of_comparisons() -> None:
     _, high, back = compare(STRATEGY_ANSWERS, [("base", "low"), ("base", "high"), ("high", "base")])
     assert (high.second_is_higher().verdict, back.second_is_higher().verdict) == ("supported", "not supported")
