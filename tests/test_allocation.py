@@ -78,7 +78,7 @@ def test_every_budget_is_hit_exactly(problem: dict[str, Any], strategy: str) -> 
     st.data(),
 )
 @settings(max_examples=200, deadline=None)
-def test_proportional_is_the_nearest_vector_of_all(
+def test_bounds_granularity_and_power_leave_it_the_nearest(
     scores: list[int], low: int, span: int, granularity: int, power: int, data: st.DataObject
 ) -> None:
     """By enumeration in exact fractions: nothing within the bounds and of this sum has a smaller Σ (r − q)². power −1 = the inverse."""
@@ -101,6 +101,22 @@ def test_proportional_is_the_nearest_vector_of_all(
         seed=data.draw(st.integers(0, 3)),
     )
     assert distance(tuple(rank // granularity for rank in ranks)) <= min(map(distance, feasible)) + Fraction(1, 10**9)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 9), (1, 4)])
+def test_proportional_is_the_nearest_vector_of_every_small_problem(low: int, high: int) -> None:
+    """All scores 1..6 of three layers and all budgets up to 9, in whole numbers: Σ (r Σs − budget s)² is the least there is."""
+    vectors: dict[int, list[tuple[int, ...]]] = {}
+    for vector in product(range(low, high + 1), repeat=3):
+        vectors.setdefault(sum(vector), []).append(vector)
+    for scores in product(range(1, 7), repeat=3):
+        for budget in range(3 * low, 10):
+
+            def distance(vector: tuple[int, ...], scores: tuple[int, ...] = scores, budget: int = budget) -> int:
+                return sum((r * sum(scores) - budget * s) ** 2 for r, s in zip(vector, scores, strict=True))
+
+            ranks = allocate("proportional", scores, budget, r_min=low, r_max=high)
+            assert distance(ranks) == min(map(distance, vectors[budget])), (scores, budget, ranks)
 
 
 def test_largest_remainder_by_hand() -> None:
