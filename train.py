@@ -18,9 +18,8 @@ from rich.console import Console
 
 from fastlora.config import ConfigError, RunConfig, load_config
 from fastlora.dry_run import dry_run
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, StoppedError
 from fastlora.session import resume_run, start_run
-from fastlora.trainer import StoppedError
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig | None]:

@@ -19,7 +19,7 @@ from fastlora.atomic import DiskFullError
 from fastlora.build import Parts, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
 from fastlora.config import RunConfig
-from fastlora.errors import FastloraError
+from fastlora.errors import StoppedError
 from fastlora.evaluate import Evaluation, answer_greedily
 from fastlora.interrupt import Interrupted
 from fastlora.metrics import MetricsWriter
@@ -29,10 +29,6 @@ from fastlora.optim import StepResult
 from fastlora.progress import StepTimer, TrainingProgress
 from fastlora.run_folder import RunFolder
 from fastlora.types import TrainBatch
-
-
-class StoppedError(FastloraError):
-    """The run ended early; the message says why, what is saved and how to go on."""
 
 
 @dataclass(slots=True)
