@@ -72,7 +72,9 @@ def ray_running(address: str | None) -> Iterator[ModuleType]:
 
 
 def _import_ray() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
+    # Read while Ray is imported: no reports to its makers; no messages of dead workers on stdout, we name the cells.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:

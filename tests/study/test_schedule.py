@@ -13,22 +13,15 @@ import pytest
 from rich.console import Console
 
 import fastlora
-from fastlora.config import ConfigError, RunConfig
+from fastlora.config import ConfigError
 from fastlora.study import progress
-from fastlora.study.cells import Cell
-from fastlora.study.config import ResourcesConfig, derive
+from fastlora.study.config import ResourcesConfig
 from fastlora.study.progress import Job, StageProgress
 from fastlora.study.schedule import Scheduler, StudyError
-from fastlora.study.worker import ATTEMPT_FILE, BusyError, locked, run_cell
-from tests.study.configs import HERE
+from fastlora.study.worker import ATTEMPT_FILE
+from tests.study.configs import quick_cell as cell
 
 pytestmark = pytest.mark.xdist_group("ray")
-
-QUICK = HERE / "quick_tasks.py"
-
-
-def cell(name: str, task: str, changes: dict[str, Any] | None = None, **options: Any) -> Cell:
-    return Cell(name, derive(RunConfig(), changes or {}, "cell"), f"{QUICK}:{task}", options)
 
 
 @pytest.fixture
@@ -113,18 +106,6 @@ def test_failures_are_named_after_all_others_finished(scheduler: Callable[..., S
     assert {name for name, folder in folders.items() if (folder / "finished.json").exists()} == {"good"}
 
 
-def test_only_errors_that_may_pass_are_tried_again(tmp_path: Path) -> None:
-    outcomes = {
-        task: run_cell(cell(task, task), tmp_path / task, 1, Path.cwd()) for task in ("refuse", "explode", "lose_engine", "interrupt")
-    }
-    assert {task: (outcome.state, outcome.retry) for task, outcome in outcomes.items()} == {
-        "refuse": ("failed", False),
-        "explode": ("failed", True),
-        "lose_engine": ("failed", True),
-        "interrupt": ("stopped", False),
-    }
-
-
 def test_impossible_stages_are_refused_before_anything_runs(scheduler: Callable[..., Scheduler], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two cells are named 'a'"):
         scheduler().run([cell("a", "write"), cell("a", "write", {"seed": 1})])
@@ -134,19 +115,6 @@ def test_impossible_stages_are_refused_before_anything_runs(scheduler: Callable[
         scheduler(gpus=64)
     assert not (tmp_path / "out").exists()
     assert scheduler().run([]) == {}
-
-
-def test_an_attempt_waits_for_the_one_before_it_and_does_not_repeat_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A killed command's worker may live for a moment; two must not write one folder."""
-    one, cwd = cell("one", "write"), Path.cwd()
-    folder = tmp_path / one.key
-    assert run_cell(one, folder, 1, cwd).state == "finished"
-    assert run_cell(one, folder, 1, cwd).state == "finished"
-    assert len((folder / "ran.txt").read_text().splitlines()) == 1
-    with locked(tmp_path / ".lock", 0.0), pytest.raises(BusyError, match="another process writes"), locked(tmp_path / ".lock", 0.2):
-        pass
-    print("back on the terminal")
-    assert capfd.readouterr().out == "back on the terminal\n"
 
 
 def jobs(folder: Path) -> list[Job]:
