@@ -61,7 +61,11 @@ def test_a_stopped_training_cell_goes_on_to_the_same_bits(tmp_path: Path, monkey
     assert run_cell(one, broken, 2, Path.cwd()).state == "finished"
     assert "Resuming" in (broken / "log.txt").read_text() and RunSummary.read(broken).learned is False
     assert json.loads((broken / "finished.json").read_text()) | {"seconds": 0} == {
-        "name": "one", "task": "train", "key": "broken", "seconds": 0, "attempts": 2,
+        "name": "one",
+        "task": "train",
+        "key": "broken",
+        "seconds": 0,
+        "attempts": 2,
     }
     first, second = adapter_tensors(tmp_path / "whole"), adapter_tensors(broken)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
