@@ -19,9 +19,8 @@ from rich.console import Console
 
 from fastlora.config import ConfigError, RunConfig, load_config
 from fastlora.dry_run import dry_run
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, StoppedByAlarmError, StoppedError
 from fastlora.session import resume_run, start_run
-from fastlora.trainer import StoppedByAlarmError, StoppedError
 
 STOPPED_BY_ALARM = 4
 """Exit status of a run that an alarm ended; it is saved and can be resumed."""

@@ -12,7 +12,7 @@ from fastlora.analysis.report import write_report
 from fastlora.build import Parts, build, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, has_checkpoint, hash_config, load_checkpoint
 from fastlora.config import RunConfig
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, StoppedError
 from fastlora.evaluate import Evaluation, evaluate
 from fastlora.interrupt import interruptible
 from fastlora.lora.peft_format import save_adapter
@@ -23,7 +23,7 @@ from fastlora.progress import TrainingProgress, accuracy_table
 from fastlora.reallocation import last_reallocation
 from fastlora.run_folder import RunFolder, create_run_folder, open_run_folder
 from fastlora.statistics import paired_test
-from fastlora.trainer import StoppedError, Trainer
+from fastlora.trainer import Trainer
 
 NOT_LEARNED = 3
 """Exit status of a run that trained but missed eval.required_gain."""

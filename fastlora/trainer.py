@@ -21,7 +21,7 @@ from fastlora.atomic import DiskFullError
 from fastlora.build import Parts, peak_memory_bytes
 from fastlora.checkpoint import Checkpoint, hash_config, restore_rng_state, rng_state, save_checkpoint
 from fastlora.config import RunConfig
-from fastlora.errors import FastloraError
+from fastlora.errors import StoppedByAlarmError, StoppedError
 from fastlora.evaluate import Evaluation, answer_greedily
 from fastlora.gradient_profile import delta_w_norms, rank_component_norms
 from fastlora.gradient_structure import ConsecutiveCosine
@@ -34,14 +34,6 @@ from fastlora.reallocation import Carried, Reallocation, carry, last_reallocatio
 from fastlora.rollout.sampler import derived_seed
 from fastlora.run_folder import RunFolder
 from fastlora.types import TrainBatch
-
-
-class StoppedError(FastloraError):
-    """The run ended early; the message says why, what is saved and how to go on."""
-
-
-class StoppedByAlarmError(StoppedError):
-    """An alarm whose action is "stop" went off; the run is saved, and resuming it goes on past the alarm."""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 P = ParamSpec("P")
 
 LIGHT = {
-    "ink": "#1c1f24", "muted": "#666d78", "grid": "#e6e8eb", "page": "#fcfcfb",
+    "ink": "#1c1f24", "muted": "#666d78", "grid": "#e6e8eb", "page": "#fcfcfb", "bad": "#b3382c",
     "series-1": "#2563c9", "series-2": "#d9730d", "series-3": "#2a8f6a", "series-4": "#9159c9",
     "series-5": "#b3382c", "series-6": "#3fa7c4", "series-7": "#8a6d1f", "series-8": "#c2589a",
 }  # fmt: skip

@@ -23,9 +23,7 @@ from fastlora.errors import FastloraError
 from fastlora.metrics import MetricsError
 from fastlora.progress import STAGES
 from fastlora.statistics import Proportion, proportion_interval
-
-FINISHED_FILE = "finished.json"
-"""Written last: a cell's folder without it is not finished."""
+from fastlora.study.worker import FINISHED_FILE
 
 SEED_IN_NAME = re.compile(r"(?P<strategy>.+)/seed-(?P<seed>\d+)")
 

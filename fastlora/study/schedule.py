@@ -5,7 +5,7 @@
                   └─► failed                  named, with the end of its log, when every other cell of the stage is done
 
 Ray starts processes and counts CPUs and GPUs; what a cell is, whether it is done, how often it was tried is ours and lies in files. Ray's
-own retries are off, its workers serve one cell each (max_calls = 1: peak memory and thread counts are the cell's). On a cluster every
+own retries are off, its workers serve one cell each (max_calls = 1: its peak memory is the cell's). On a cluster every
 machine must see the checkout and the output folder under the same path.
 """
 
@@ -72,7 +72,9 @@ def ray_running(address: str | None) -> Iterator[ModuleType]:
 
 
 def _import_ray() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
+    # Read while Ray is imported: no reports to its makers; no messages of dead workers on stdout, we name the cells.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:
@@ -91,7 +93,7 @@ class Scheduler:
         self._refuse_too_large()
         variables = {
             "PYTHONPATH": _python_path(),
-            "OMP_NUM_THREADS": str(resources.cpus),  # of the processes that a cell starts; its own torch is told
+            "OMP_NUM_THREADS": str(resources.cpus),  # torch takes as many threads
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # gpus = 0: none is visible; else Ray 2.60 would leave all of them
         }
         self._run_cell = ray.remote(
@@ -142,7 +144,7 @@ class Scheduler:
         job.attempt += 1
         job.state = "waiting"
         (job.folder / ATTEMPT_FILE).unlink(missing_ok=True)  # the worker writes it when it starts: Ray's queue may be long
-        return self._run_cell.remote(job.cell, job.folder.absolute(), job.attempt, self._resources.cpus, Path.cwd())
+        return self._run_cell.remote(job.cell, job.folder.absolute(), job.attempt, Path.cwd())
 
     def _settle(self, running: dict[Any, Job], progress: StageProgress, *, stopping: bool = False) -> None:
         """Waits a moment for attempts to end; books those that did and starts failed ones again."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastlora.atomic import atomic_write_text
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, StoppedByAlarmError, StoppedError
 from fastlora.interrupt import Interrupted
 from fastlora.study.cells import Cell
 from fastlora.study.tasks import load_task
@@ -44,11 +44,11 @@ class Outcome:
     message: str = ""
     """Why it failed, in a sentence; the log has the rest."""
     retry: bool = False
-    """The same attempt may end otherwise. False for errors that name something to mend."""
+    """Another attempt may end otherwise."""
 
 
-def run_cell(cell: Cell, folder: Path, attempt: int, threads: int, working_directory: Path) -> Outcome:
-    """Runs the cell's task in this process, which should end soon after: thread counts and peak memory are the process's.
+def run_cell(cell: Cell, folder: Path, attempt: int, working_directory: Path) -> Outcome:
+    """Runs the cell's task in this process, which should end soon after: peak memory is the process's.
 
     Relative paths of the config are relative to `working_directory`, the command's own.
     """
@@ -57,21 +57,18 @@ def run_cell(cell: Cell, folder: Path, attempt: int, threads: int, working_direc
     with _output_to(folder / LOG_FILE):
         try:
             with locked(folder / LOCK_FILE, LOCK_SECONDS):
-                _attempt(cell, folder, attempt, threads)
+                _attempt(cell, folder, attempt)
         except BaseException as error:  # all of them: what an attempt died of must reach the command, whichever machine it ran on
             return _outcome(error)
         return Outcome("finished")
 
 
-def _attempt(cell: Cell, folder: Path, attempt: int, threads: int) -> None:
+def _attempt(cell: Cell, folder: Path, attempt: int) -> None:
     if (folder / FINISHED_FILE).exists():  # by a worker that outlived its command
         return
-    process = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(), "threads": threads}
+    process = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
     print(f"--- {cell.name}: {process}", flush=True)
     atomic_write_text(folder / ATTEMPT_FILE, json.dumps(process) + "\n")
-    import torch
-
-    torch.set_num_threads(threads)
     started = time.monotonic()
     config = cell.config.model_copy(update={"name": folder.name, "output_dir": folder.parent})
     load_task(cell.task)(config, folder, cell.options, lambda line: print(line, flush=True))
@@ -80,18 +77,15 @@ def _attempt(cell: Cell, folder: Path, attempt: int, threads: int) -> None:
 
 
 def _outcome(error: BaseException) -> Outcome:
-    from fastlora.rollout.sampler import SamplerError
-    from fastlora.trainer import StoppedError
-
-    if isinstance(error, KeyboardInterrupt | Interrupted | StoppedError):
+    by_alarm = isinstance(error, StoppedByAlarmError)  # the config's own wish: this cell is judged, the others go on
+    if isinstance(error, KeyboardInterrupt | Interrupted | StoppedError) and not by_alarm:
         print(f"stopped: {error}", flush=True)
         return Outcome("stopped")
     if not isinstance(error, FastloraError):
         traceback.print_exception(error)
         return Outcome("failed", f"{type(error).__name__}: {error}", retry=True)
     print(f"{type(error).__name__}: {error}", flush=True)
-    # An engine that died may live the next time; every other error of ours says what to mend.
-    return Outcome("failed", f"{type(error).__name__}: {error}", retry=isinstance(error, SamplerError))
+    return Outcome("failed", f"{type(error).__name__}: {error}", retry=error.transient)
 
 
 @contextmanager

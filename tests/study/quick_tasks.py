@@ -61,6 +61,18 @@ def refuse(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say
     raise ConfigError("lora.r: too large for this model")
 
 
+def lose_engine(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """An error of ours that another attempt may not meet."""
+    from fastlora.rollout.vllm.client import EngineGoneError
+
+    raise EngineGoneError("the engine died")
+
+
+def interrupt(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Ctrl-C in a task that has nothing to save."""
+    raise KeyboardInterrupt
+
+
 def count(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """Counts to trainer.steps as a run trains: a row a step, saved at every step, stopped by Ctrl-C between two steps, resumable."""
     metrics = folder / "metrics.jsonl"

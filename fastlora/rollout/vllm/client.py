@@ -31,6 +31,8 @@ CONTROL_SECONDS = 300.0
 class EngineGoneError(SamplerError):
     """The engine is dead, hung, out of reach, or failed in the middle of a request."""
 
+    transient = True
+
 
 class EngineRefusedError(SamplerError):
     """The engine is alive and will not do it."""
