@@ -101,12 +101,13 @@ def _checked_grid(layers: int, budget: int, r_min: int, r_max: int, granularity:
     for name, value in (("r_min", r_min), ("r_max", r_max), ("the budget", budget)):
         if value % granularity:
             raise ConfigError(f"{WHERE}: {name} = {value} is no multiple of granularity = {granularity}")
-    if not layers * r_min <= budget <= layers * r_max:
-        below = budget < layers * r_min
-        bound, number = ("below", r_min) if below else ("above", r_max)
-        fix = "Raise the budget or lower r_min" if below else "Lower the budget or raise r_max"
+    if budget < layers * r_min:
         raise ConfigError(
-            f"{WHERE}: a budget of {budget} ranks is {bound} {layers} layers × {'r_min' if below else 'r_max'} {number} = {layers * number}. {fix}"
+            f"{WHERE}: a budget of {budget} ranks is below {layers} layers × r_min {r_min} = {layers * r_min}. Raise it or lower r_min"
+        )
+    if budget > layers * r_max:
+        raise ConfigError(
+            f"{WHERE}: a budget of {budget} ranks is above {layers} layers × r_max {r_max} = {layers * r_max}. Lower it or raise r_max"
         )
     return _Grid(layers, budget // granularity, r_min // granularity, r_max // granularity, granularity)
 

@@ -117,8 +117,8 @@ STRATEGIES: Mapping[str, Callable[[NDArray[np.float64], int, int], Iterable[int]
 
 
 def selected_rank_pattern(layers: Iterable[int], modules: Iterable[str], *, attention_rank: int, mlp_rank: int) -> dict[str, int]:
-    """`lora.rank_pattern` of the chosen layers, one anchored, escaped key per module; to be used with `lora.r = 0`, which leaves every other
-    module without an adapter.
+    """`lora.rank_pattern` of the chosen layers, one anchored, escaped key per module; for `lora.r = 0`, which leaves every other module
+    without an adapter.
 
     modules: the full names of all adapted modules, of all layers. Attention is what lies in a `self_attn`, MLP what lies in an `mlp`.
     Raises ConfigError for a layer that the model lacks and a module that is neither.
@@ -157,5 +157,7 @@ def read_layer_scores(path: Path, modules: Iterable[str]) -> tuple[float, ...]:
         raise ConfigError(f"{path} is no probe.json with `layers` and `modules`: {type(error).__name__}: {error}") from None
     names = list(modules)
     if missing := [name for name in names if name not in scored]:
-        raise ConfigError(f"{path}: the profile does not score {missing[0]} ({len(missing)} of {len(names)} modules): it is of another model")
+        raise ConfigError(
+            f"{path}: the probe has no score of {missing[0]} ({len(missing)} of {len(names)} modules): it is of another model"
+        )
     return layer_scores(layers, names, str(path))

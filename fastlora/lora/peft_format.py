@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -188,8 +188,23 @@ def _lookup(config: Mapping[str, Any], field: str, default: Any, name: str, fold
     return next(iter(hits.values()), default)
 
 
+def save_b_mask(path: Path, masks_nr: Mapping[str, Tensor], metadata: Mapping[str, str | int | float]) -> None:
+    """Writes module -> bool [n, r] as the file that `lora.b_mask` names, with what it was made from and k, its number of entries.
+
+    Raises AttachError for a mask that is not boolean.
+    """
+    for name, mask in masks_nr.items():
+        _check_mask_dtype(path, name, mask)
+    k = sum(int(mask.sum()) for mask in masks_nr.values())
+    tensors = {name: mask.cpu().contiguous() for name, mask in masks_nr.items()}
+    atomic_write_bytes(path, save(tensors, metadata={key: str(value) for key, value in metadata.items()} | {"k": str(k)}))
+
+
 def load_b_mask(path: Path) -> dict[str, Tensor]:
-    """Module -> bool [n, r] from a safetensors file. Raises AttachError when it is missing, damaged or not boolean."""
+    """Module -> bool [n, r] from a safetensors file.
+
+    Raises AttachError when it is missing, damaged or not boolean, or has not the k entries that its metadata (if any) say.
+    """
     if not path.is_file():
         raise AttachError(f"lora.b_mask = {str(path)!r}: no such file")
     try:
@@ -197,6 +212,39 @@ def load_b_mask(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AttachError(f"lora.b_mask = {str(path)!r} is damaged: {error}") from None
     for name, mask in masks.items():
-        if mask.dtype != torch.bool:
-            raise AttachError(f"lora.b_mask = {str(path)!r}: {name} is {mask.dtype}, a mask is bool [n, r]")
+        _check_mask_dtype(path, name, mask)
+    said, k = b_mask_metadata(path).get("k"), sum(int(mask.sum()) for mask in masks.values())
+    if said is not None and said != str(k):
+        raise AttachError(f"lora.b_mask = {str(path)!r} has {k} entries and its metadata say k = {said}; write it again")
     return masks
+
+
+def _check_mask_dtype(path: Path, name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise AttachError(f"lora.b_mask = {str(path)!r}: {name} is {mask.dtype}, a mask is bool [n, r]")
+
+
+def b_mask_metadata(path: Path) -> dict[str, str]:
+    """What `save_b_mask` was given, and k; empty for a file that has none. The file must be a readable one."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def check_b_mask(path: Path, masks_nr: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], k: int | None = None) -> None:
+    """Do these masks fit the adapter whose B matrices have these shapes (module -> (n, r)), and have they k entries?
+
+    A module without a mask stays untrained, which fits. Raises AttachError that names every kind of misfit, with its first module.
+    """
+    strange = [name for name in masks_nr if name not in shapes]
+    misshapen = [name for name, mask in masks_nr.items() if name in shapes and tuple(mask.shape) != tuple(shapes[name])]
+    entries = sum(int(mask.sum()) for mask in masks_nr.values())
+    faults = []
+    if strange:
+        faults.append(f"{len(strange)} modules have no adapter, the first is {strange[0]}")
+    if misshapen:
+        first = misshapen[0]
+        faults.append(f"{len(misshapen)} have another shape, {first} {list(masks_nr[first].shape)} where B is {list(shapes[first])}")
+    if k is not None and entries != k:
+        faults.append(f"{entries} entries are chosen, {k} were asked for")
+    if faults:
+        raise AttachError(f"lora.b_mask = {str(path)!r} does not fit: {'; '.join(faults)}")
