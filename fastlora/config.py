@@ -83,7 +83,8 @@ class ReallocationConfig(Section):
     """New ranks during a run, from its own gradients; the sum of the ranks stays."""
 
     every: NonNegative = 0
-    """Steps between reallocations; 0 = never."""
+    """Steps between reallocations; 0 = never. Each that moves a rank writes a checkpoint and loads model and adapter anew; an engine of our
+    own (rollout.sampler = "vllm") starts anew too, 20 to 66 s on a CPU."""
     unit: Literal["layer", "module"] = "layer"
     """What gets a rank: a layer (all its target modules the same), or each module its own. The budget is the sum of the units' ranks."""
     normalise: Literal["none", "sqrt_r", "s_sqrt_r"] = "s_sqrt_r"

@@ -117,7 +117,7 @@ def unit_scores(profile: pa.Table, by_unit: Units, c: ReallocationConfig) -> dic
     steps, column = np.unique(profile["step"].to_numpy(), return_inverse=True)
     norms = profile["norm"].to_numpy().astype(np.float64) / [divisor[module] for module in modules]
     squares_us = np.zeros((len(by_unit), len(steps)))
-    np.add.at(squares_us, ([row_of[module] for module in modules], column), norms**2)
+    np.add.at(squares_us, (np.array([row_of[module] for module in modules], dtype=np.intp), column), norms**2)
     norms_us = np.sqrt(squares_us)
     total_s = norms_us.sum(0)
     counted_s = np.isfinite(total_s) & (total_s > 0)
@@ -133,9 +133,9 @@ def _divisor(spec: ModuleSpec, normalise: str) -> float:
 def _allocated(scores: Mapping[str, float], by_unit: Units, c: ReallocationConfig, seed: int) -> dict[str, int]:
     """Unit -> rank; the sum stays. Raises ConfigError, see `allocate`."""
     budget = sum(unit[0].rank for unit in by_unit.values())
-    bounds = {"power": c.power, "r_min": c.r_min, "r_max": c.r_max, "granularity": c.granularity}
+    scores_u = [scores[name] for name in by_unit]
     try:
-        ranks = allocate(c.strategy, [scores[name] for name in by_unit], budget, seed=seed, **bounds)
+        ranks = allocate(c.strategy, scores_u, budget, power=c.power, r_min=c.r_min, r_max=c.r_max, granularity=c.granularity, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"[reallocation] of {len(by_unit)} {c.unit}s with ranks that add up to {budget}: {error}") from None
     return dict(zip(by_unit, ranks, strict=True))
@@ -167,7 +167,8 @@ def carry(adapter: PackedAdapter, optimizer: AdamW, ranks: Mapping[str, int], *,
         cut, whole = cut + resized.cut, whole + resized.whole
         if spec.rank:
             _store(resized, slots[spec.name], new)
-    return Carried(*new, delta_w_error=math.sqrt(cut / whole) if whole else 0.0)
+    parameters, exp_avg, exp_avg_sq = new
+    return Carried(parameters, exp_avg, exp_avg_sq, math.sqrt(cut / whole) if whole else 0.0)
 
 
 def _components(slot: Slot | None, shape: ProjectionShape, buffers: Sequence[Tensor]) -> Components:
