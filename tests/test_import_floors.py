@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.gradient_structure",
         "fastlora.interrupt",
         "fastlora.liger",
+        "fastlora.loss_config",
         "fastlora.nf4",
         "fastlora.plugins",
         "fastlora.reward_config",
@@ -63,7 +64,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "fastlora.allocation",
-        "fastlora.batches",
         "fastlora.checkpoint",
         "fastlora.evaluate",
         "fastlora.metrics",
@@ -79,6 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.doctor",
         "fastlora.dry_run",
         "fastlora.evaluate.__main__",
+        "fastlora.evaluate.adapter",
         "fastlora.evidence",
         "fastlora.probe",
         "fastlora.scoring",
