@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,12 +19,12 @@ from fastlora.config import RewardConfig
 from fastlora.reward_config import MODEL_REWARDS
 from fastlora.rewards import exact_match, first_integer, gsm8k
 from fastlora.rewards.deposits import Rewarded, RewardError, RewardFunction, check_deposits, combine
-from fastlora.rewards.distillation import DistillationReward
-from fastlora.rewards.models import Policy
-from fastlora.rewards.process import ProcessReward
 from fastlora.rewards.sandbox import Sandbox
 from fastlora.rewards.text import SandboxedReward, TextReward
 from fastlora.types import Example, Rollout
+
+if TYPE_CHECKING:
+    from fastlora.rewards.models import Policy
 
 IN_PROCESS = {"exact_match": exact_match, "first_integer": first_integer, "gsm8k": gsm8k}
 BUILT_IN = ("outcome", *IN_PROCESS, "format")
@@ -111,6 +112,9 @@ def load_grader(config: RewardConfig) -> Rewards:
 def _make_with_model(name: str, config: RewardConfig, policy: Policy | None) -> RewardFunction:
     if policy is None:
         raise RewardError(f"reward {name} runs a language model beside the one that trains, and there is none here")
+    from fastlora.rewards.distillation import DistillationReward  # these two import transformers: 5 s for those who need no model
+    from fastlora.rewards.process import ProcessReward
+
     return ProcessReward(config.process, policy) if name == "process" else DistillationReward(config.distillation, policy)
 
 
