@@ -411,6 +411,7 @@ def plan_probe(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, l
     """The plan of fastlora.probe: base weights of `layers_at_once` layers get a gradient, there is no adapter and no optimizer.
 
     The worst of its passes is that of the lowest layers: the activations of all layers are kept, and what dW needs of the unfrozen ones.
+    When the gradients come, the backward pass has freed the activations above them.
     config, model, batch: as for `plan_memory`. held, reached: bytes of the process now, and at most so far.
     """
     w, x = WIDTH[config.model.dtype], _widths(model)
@@ -420,9 +421,10 @@ def plan_probe(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, l
         per_layer[layer_of(name)] += parameter.numel()
     del per_layer[-1]
     sampling = [_sampling(x, (), w, *decoded, config.rollout.max_completion_length) for decoded in batch.decoded]
+    what, activations = _activations(config, x, x.layers, unfrozen * (2 * x.d + x.mlp), batch.packed)
+    gradients = w * sum(sorted(per_layer.values())[-unfrozen:])
     update = (
-        _activations(config, x, x.layers, unfrozen * (2 * x.d + x.mlp), batch.packed),
-        (f"gradients of {unfrozen} layers", w * sum(sorted(per_layer.values())[-unfrozen:])),
+        (f"{what}, or {unfrozen} layers of gradients", max(activations, gradients)),
         _in_flight(config, x, batch, head_trains=False),
     )
     resident = [("held now: libraries, weights, data", held)]
