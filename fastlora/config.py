@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from pydantic import Field, ValidationError, model_validator
 
+from fastlora.alarm_config import AlarmsConfig
 from fastlora.errors import FastloraError
 from fastlora.loss_config import LossConfig
 from fastlora.reward_config import MODEL_REWARDS, DistillationConfig, ProcessConfig
 from fastlora.section import Decay, NonNegative, Positive, Section
+from fastlora.vllm_config import VllmConfig
 
 MAX_RANK = 1024
 """Above this a LoRA of any projection we serve costs more than the projection itself; almost certainly a typing error."""
@@ -154,34 +156,6 @@ class RolloutConfig(Section):
     """Completions decoded together."""
 
 
-class VllmConfig(Section):
-    """Sampling by vLLM (rollout.sampler = "vllm")."""
-
-    servers: tuple[str, ...] = ()
-    """URLs of running servers (http://host:8000), prompts are spread over them; () = an engine of our own, started, watched and stopped."""
-    api_key_variable: str = "VLLM_API_KEY"
-    """Environment variable with the servers' API key; unset = none is sent."""
-    adapter_folder: Path | None = None
-    """Folder that the servers see under the same path, for adapters on their way; None = one on this machine's tmpfs."""
-    weights: Literal["adapter", "merged", "auto"] = "adapter"
-    """adapter = loaded beside the base; merged = W + s B A replaces the engine's matrices at every step (no cost per token, a longer swap);
-    auto = the faster one of a short trial. With method = "full" every weight is replaced."""
-    staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """1 = sample step t + 1 while step t trains, from the policy before that step; 0 = sample, then train."""
-    kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """GiB of the engine's KV cache; None = rollout.batch_size prompts and completions of full length."""
-    device: NonNegative | None = None
-    """GPU of the engine, as torch counts them (1 = cuda:1); None = the trainer's own: there it sleeps while the trainer updates."""
-    gpu_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Part of the GPU's memory for the engine (weights, KV cache, adapter slots); None = what the plan finds that it needs."""
-    max_restarts: NonNegative = 3
-    """Times that one rollout is saved from a dead, hung or refusing engine (or server) before the run stops, saved and resumable."""
-    start_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds until an engine that is started must answer."""
-    request_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
-    """Seconds until a request counts as hung; an engine of our own answers a whole rollout in one."""
-
-
 class RewardConfig(Section):
     """What is rewarded."""
 
@@ -287,35 +261,6 @@ class LogConfig(Section):
     """Also log gradient/cosine: of each optimizer step's gradient with the last one's (a copy of the gradient, and two reads of both)."""
     rank_components: bool = False
     """Also write the gradient norm of every rank component (row of A, column of B) into gradient_profile.parquet."""
-
-
-class AlarmConfig(Section):
-    """One metric that is watched."""
-
-    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Value, itself included, from which on the metric is where it must not be; None = not watched."""
-    patience: Positive = 3
-    """Consecutive steps there until the alarm goes off."""
-    action: Literal["warn", "stop"] = "warn"
-    """warn = a line on the console, in alarms.jsonl and in the report, once until the metric has been back; stop = the same, and the run
-    ends, saved; resumed, it goes on until the next time."""
-
-
-class AlarmsConfig(Section):
-    """Signs of a collapse, looked for after every step (objective = "grpo"). The numbers are those of the reward-density study: 4 × 4
-    completions of Qwen3-1.7B, 100 steps; its process rewards collapsed at step 79."""
-
-    advantage_std: AlarmConfig = AlarmConfig()
-    """Standard deviation of the advantages, upwards. Healthy runs peaked at .64 (outcome) and 1.0 (distillation), the collapse at 9.05, 50
-    steps before accuracy was gone: 3 tells them apart."""
-    truncated: AlarmConfig = AlarmConfig()
-    """Fraction of completions cut off at the length limit, upwards. It rose about ten steps before accuracy was gone: .9."""
-    zero_std: AlarmConfig = AlarmConfig(threshold=1.0, patience=10)
-    """Fraction of groups whose rewards are all alike, upwards. At 1 nothing is learned."""
-    entropy: AlarmConfig = AlarmConfig()
-    """Mean entropy of the policy, nats per token, downwards: .01 is a policy that has stopped exploring."""
-    mismatch: AlarmConfig = AlarmConfig()
-    """KL(sampler ‖ trainer), nats per token, upwards; only where they are two. bfloat16 alone gives some 1e-3: .1 is another policy."""
 
 
 class RunConfig(Section):

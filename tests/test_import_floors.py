@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastlora",
+        "fastlora.alarm_config",
         "fastlora.alarms",
         "fastlora.allocator",
         "fastlora.atomic",
@@ -38,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.section",
         "fastlora.statistics",
         "fastlora.types",
+        "fastlora.vllm_config",
     ),
     ("fastlora_triton",),
     ("fastlora.ops",),
