@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fastlora.config import AlarmConfig, RunConfig
+from fastlora.alarm_config import AlarmConfig
+from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 
 
