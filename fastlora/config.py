@@ -28,6 +28,10 @@ MAX_RANK = 1024
 """Above this a LoRA of any projection we serve costs more than the projection itself; almost certainly a typing error."""
 
 
+OWN_LOSS_KEEPS = {"beta", "mask_truncated_completions", "renormalize_top_p"}
+"""Settings of [loss] that mean something to one's own loss: beta > 0 gives it the reference policy's log-probabilities."""
+
+
 class ConfigError(FastloraError):
     """A setting that cannot work; the message names the key, the value and the fix."""
 
@@ -429,6 +433,11 @@ def _impossibilities(c: RunConfig) -> list[str]:
             mode.startswith("sequence") and c.loss.loss_type == "vespo",
             f"loss.loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = '{mode}' cannot be; "
             "use 'token_truncate' or 'token_mask'",
+        ),
+        (
+            c.loss.function is not None and c.loss != LossConfig(function=c.loss.function, **c.loss.model_dump(include=OWN_LOSS_KEEPS)),
+            f"loss.function = {c.loss.function!r} is the whole loss: of [loss] only {', '.join(sorted(OWN_LOSS_KEEPS))} go with it; "
+            "remove the others",
         ),
         (
             c.loss.renormalize_top_p and c.rollout.top_p == 1.0,

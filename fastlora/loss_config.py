@@ -14,6 +14,8 @@ class LossConfig(Section):
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
     """Surrogate and normalisation (table in fastlora/ops/grpo_loss.py)."""
+    function: str | None = None
+    """One's own loss in its place, `path/to/file.py:function` (fastlora/losses/own.py); None = loss_type."""
     epsilon: Annotated[float, Field(ge=0.0)] = 0.2
     """Lower clip bound, 1 − epsilon."""
     epsilon_high: Annotated[float, Field(ge=0.0)] | None = None

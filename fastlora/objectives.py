@@ -18,11 +18,13 @@ from fastlora.data import batch_indices
 from fastlora.lora.packed import PackedAdapter
 from fastlora.losses.entropy_control import EntropyControl, applied_entropy_coef, next_entropy_control
 from fastlora.losses.importance_sampling import behaviour_logp
+from fastlora.losses.own import OwnLoss, own_loss
 from fastlora.losses.policy import is_token_level, policy_loss
 from fastlora.losses.sft import sft_loss
 from fastlora.metrics import CompletionSample
 from fastlora.mismatch import mismatch_metrics
 from fastlora.model import BaseModel
+from fastlora.plugins import load_function
 from fastlora.policy import loss_on, score_in_parts
 from fastlora.rewards.deposits import Rewarded
 from fastlora.rollout.ahead import Ahead, BackgroundSampler, OnTime, Request, Rollouts
@@ -88,6 +90,7 @@ class PolicyObjective:
     ) -> None:
         self._config, self._model, self._adapter = config, model, adapter
         self._reward, self._examples = reward, examples
+        self._own_loss: OwnLoss | None = load_function(config.loss.function, "loss.function") if config.loss.function else None
         ahead = config.vllm.staleness > 0
         self._rollouts: Rollouts = (
             Ahead(cast(BackgroundSampler, sampler), self._request, config.trainer.steps) if ahead else OnTime(sampler, self._request)
@@ -148,17 +151,19 @@ class PolicyObjective:
         c = self._config
         entropy_coef = applied_entropy_coef(self._entropy, c.loss)
         scored_nt = torch.empty(0)
+        split = {"accumulation_steps": c.trainer.gradient_accumulation_steps, "steps_per_generation": c.steps_per_generation}
 
         def loss_of(logp_nt: Tensor, entropy_nt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             nonlocal scored_nt
             scored_nt = logp_nt.detach()  # in the end those of the last call, which has every token
+            if self._own_loss is not None:
+                return own_loss(self._own_loss, logp_nt, entropy_nt, batch, **split)
             return policy_loss(
                 logp_nt,
                 entropy_nt,
                 batch,
                 c.loss,
-                accumulation_steps=c.trainer.gradient_accumulation_steps,
-                steps_per_generation=c.steps_per_generation,
+                **split,
                 max_completion_length=c.rollout.max_completion_length,
                 entropy_coef=entropy_coef,
             )

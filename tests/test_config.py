@@ -188,6 +188,10 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
         "[rollout]\nsampler = 'replay'\nreplay_path = 'x'\n[loss]\nloss_type = 'vespo'\nsampler_correction = 'sequence_mask'",
         "loss_type = 'vespo' makes a weight per sequence from ratios per token: loss.sampler_correction = 'sequence_mask'",
     ),
+    "two losses": (
+        "[loss]\nfunction = 'mine.py:loss'\nepsilon = 0.1",
+        "loss.function = 'mine.py:loss' is the whole loss: of .loss. only beta, ",
+    ),
     "nucleus of everything": ("[loss]\nrenormalize_top_p = true", "renormalize_top_p = true does nothing with rollout.top_p = 1"),
     "endless task": ("[data]\ntrain_size = 0", r"data.train_size = 0 \(all\) is impossible"),
     "too few samples": ("[eval]\npass_at_k = [1, 16]", "eval.num_samples = 8 is below the largest eval.pass_at_k = 16"),

@@ -55,11 +55,12 @@ def is_token_level(config: LossConfig, entropy_coef: float) -> bool:
     """The derivative of the loss with respect to one token's log-probability depends on no other token's.
 
     Not so for sequence ratios (to the old policy or to the sampler), vespo's sequence weight, masks that look at a sequence's KL or at the
-    batch's entropies, and the entropy bonus (whose derivative goes through the entropy instead). `entropy_coef`: what applies to this
-    step.
+    batch's entropies, the entropy bonus (whose derivative goes through the entropy instead), and a user's function, for all we know.
+    `entropy_coef`: what applies to this step.
     """
     return (
-        config.importance_sampling_level == "token"
+        config.function is None
+        and config.importance_sampling_level == "token"
         and not config.sampler_correction.startswith("sequence")
         and config.loss_type != "vespo"
         and config.top_entropy_quantile == 1.0

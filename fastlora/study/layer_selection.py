@@ -78,7 +78,7 @@ class LayerSelection:
         return selected_rank_pattern(layers, self.modules, attention_rank=self.own.attention_rank, mlp_rank=self.own.mlp_rank)
 
     def _run(self, ranks: Mapping[str, int], objective: str, seed: int) -> RunConfig:
-        lora = {"r": 0, "rank_pattern": dict(ranks)} if ranks else {"rank_pattern": {}}
+        lora = {"rank_pattern": dict(ranks), "rank_budget": None, "parameter_budget": None, **({"r": 0} if ranks else {})}
         return self.config.run_config({"seed": seed, "objective": objective, "lora": lora}, f"{objective}, seed {seed}")
 
     def _second(self, adapter: Path | None) -> RunConfig:

@@ -90,7 +90,7 @@ class RewardDensity:
         return self.config.run_config(changes, f"{regime}, r {size}, seed {seed}")
 
     def _lora(self) -> dict[str, Any]:
-        return {"lora.rank_pattern": {}, "lora.alpha_pattern": {}}
+        return {f"lora.{name}_pattern": {} for name in ("rank", "alpha")} | {f"lora.{name}_budget": None for name in ("rank", "parameter")}
 
     def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
         """Tables, figures and verdicts of all cells."""
