@@ -12,6 +12,7 @@ the deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Bas
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ PUBLISHED_ACCURACY = {
 BAND = 0.05
 """Points within which an accuracy counts as that of full fine-tuning."""
 COLLAPSED_TRUNCATION = 0.9
+COLLAPSE_STEP = 79
 
 
 class RewardDensity:
@@ -162,7 +164,12 @@ class RewardDensity:
         }
         what = f"accuracy below {self.own.collapse:g} of the base model's and {COLLAPSED_TRUNCATION:.0%} truncated at the end"
         decision = by_property(collapsed, what)
-        yield decision.claim("Process rewards collapse within the run", source=f"{SOURCE}, collapse figure", published="at step 79 of 100")
+        steps = self.config.base_run().trainer.steps
+        if steps < COLLAPSE_STEP and not any(collapsed.values()):  # nothing has happened yet that was said to happen later
+            decision = replace(decision, verdict="undecided", measured=f"none of {len(collapsed)} in {steps} steps")
+        yield decision.claim(
+            "Process rewards collapse within the run", source=f"{SOURCE}, collapse figure", published=f"at step {COLLAPSE_STEP} of 100"
+        )
 
     def _dynamics_table(self, students: Cells) -> Table:
         rows = []
