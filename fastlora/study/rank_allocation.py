@@ -28,7 +28,20 @@ from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, Decision, Region, above, accuracy_claim, below, by_interval, by_property, conclusions, within
+from fastlora.study.claims import (
+    Claim,
+    Decision,
+    Estimate,
+    HasInterval,
+    Region,
+    above,
+    accuracy_claim,
+    below,
+    by_interval,
+    by_property,
+    conclusions,
+    within,
+)
 from fastlora.study.comparisons import accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import heat_maps, intervals, scatter_fits, share_bars
@@ -56,32 +69,48 @@ STABLE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """What one cell's gradients say, against the uniform cell of its seed and scale mode."""
+    """What one cell's gradients say, against the uniform cell of its seed and scale mode; over the steps that had a gradient in both."""
 
     strategy: str
     seed: int
     ranks_l: tuple[int, ...]
-    norms: Mapping[Measure, LayerNorms]
-    uniform: Mapping[Measure, LayerNorms]
+    norms: LayerNorms
+    """Raw, of all steps."""
+    shares: Mapping[Measure, NDArray[np.float64]]
+    """Shares of the layers [l, s]."""
+    uniform: Mapping[Measure, NDArray[np.float64]]
+    """Those of the uniform cell at the same steps."""
     uniform_ranks_l: tuple[int, ...]
-
-    def ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
-        """Max/min ratio of the shares, mean over these steps."""
-        return share_ratio(self.norms[measure].shares_ls[:, steps].mean(axis=1).tolist())
-
-    def predicted(self, steps: NDArray[np.int64]) -> float:
-        """The raw ratio if rank did nothing but add rows: √r on the uniform cell's shares over the same steps."""
-        return share_ratio(self.predicted_shares(steps))
-
-    def predicted_shares(self, steps: NDArray[np.int64]) -> tuple[float, ...]:
-        """Shares by √r alone. The scale is constant in the first scale mode, which is the one that is predicted."""
-        share_l = self.uniform["raw"].shares_ls[:, steps].mean(axis=1).tolist()
-        return sqrt_rank_shares(share_l, self.uniform_ranks_l, self.ranks_l)
 
     @property
     def num_steps(self) -> int:
-        """Steps with a gradient in both cells."""
-        return min(norms.shares_ls.shape[1] for norms in (*self.norms.values(), *self.uniform.values()))
+        """s."""
+        return self.shares["raw"].shape[1]
+
+    @property
+    def change_l(self) -> NDArray[np.float64]:
+        """Of the mean raw share against the uniform cell."""
+        return np.asarray(self.shares["raw"].mean(axis=1) - self.uniform["raw"].mean(axis=1))
+
+    def ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
+        """Max/min ratio of the shares, mean over these steps."""
+        return _ratio(self.shares[measure], steps)
+
+    def uniform_ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
+        """The same of the uniform cell."""
+        return _ratio(self.uniform[measure], steps)
+
+    def predicted_ratio(self, steps: NDArray[np.int64]) -> float:
+        """The raw ratio if rank did nothing but add rows."""
+        return share_ratio(self.predicted_shares(steps))
+
+    def predicted_shares(self, steps: NDArray[np.int64]) -> tuple[float, ...]:
+        """√r on the uniform cell's shares over these steps; the scale is constant in the first scale mode, which is the one predicted."""
+        return sqrt_rank_shares(self.uniform["raw"][:, steps].mean(axis=1).tolist(), self.uniform_ranks_l, self.ranks_l)
+
+
+def _ratio(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
+    return share_ratio(shares_ls[:, steps].mean(axis=1).tolist())
 
 
 class RankAllocation:
@@ -188,12 +217,15 @@ class RankAllocation:
 
     def _profiled(self, main: Cells, strategy: str, seed: int) -> Profiled:
         cell, uniform = main[strategy][seed], main[UNIFORM][seed]
+        norms = {(who.name, measure): who.layer_norms(measure) for who in (cell, uniform) for measure in MEASURES}
+        common = np.array(sorted(set.intersection(*(_steps_with_gradient(one) for one in norms.values()))), dtype=np.int64)
         return Profiled(
             strategy,
             seed,
             self._layer_ranks(cell),
-            {measure: cell.layer_norms(measure) for measure in MEASURES},
-            {measure: uniform.layer_norms(measure) for measure in MEASURES},
+            norms[cell.name, "raw"],
+            {measure: _shares_at(norms[cell.name, measure], common) for measure in MEASURES},
+            {measure: _shares_at(norms[uniform.name, measure], common) for measure in MEASURES},
             self._layer_ranks(uniform),
         )
 
@@ -210,15 +242,13 @@ class RankAllocation:
         uniform = next(one for one in profiled if one.strategy == UNIFORM and one.seed == first)
         yield _decided(
             uniform.num_steps,
-            lambda steps: _top_share(uniform.norms["raw"], steps),
+            lambda steps: _top_share(uniform.shares["raw"], steps),
             below(FLAT),
             f"share of the strongest {TOP_LAYERS:.0%} of layers, uniform ranks, seed {first}",
         ).claim(
             "Under GRPO the gradient is spread flatly over the layers", source=f"{SOURCE}, section 4", published="36 % (SFT: above 80 %)"
         )
-        shares_ls = uniform.norms["raw"].shares_ls
-        third = shares_ls.shape[1] // 3
-        stable = correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
+        stable = _early_against_late(uniform.shares["raw"])
         yield by_interval(stable, above(STABLE), "correlation of early and late profile").claim(
             "The profile is stable over training", source=f"{SOURCE}, section 4", published=".962"
         )
@@ -246,18 +276,13 @@ class RankAllocation:
     def _pictures(self, main: Cells, profiled: list[Profiled]) -> tuple[Picture, ...]:
         first = self.config.seeds[0]
         shown = [one for one in profiled if one.seed == first]
-        steps = np.arange(min(one.num_steps for one in shown))
         bars = [one for one in shown if one.strategy in (UNIFORM, "proportional", "shuffled-proportional")]
-        scatter = {
-            one.strategy: (np.array(one.ranks_l, dtype=float), one.norms["raw"].share_l - one.uniform["raw"].share_l)
-            for one in shown
-            if len(set(one.ranks_l)) > 1
-        }
+        scatter = {one.strategy: (np.array(one.ranks_l, dtype=float), one.change_l) for one in shown if len(set(one.ranks_l)) > 1}
         return (
             Picture(
                 "heat-map",
                 "Gradient norm by layer and step",
-                heat_maps({one.strategy: one.norms["raw"] for one in shown}, "‖g‖ of all A and B of a layer"),
+                heat_maps({one.strategy: one.norms for one in shown}, "‖g‖ of all A and B of a layer"),
                 f"Seed {first}.",
             ),
             Picture(
@@ -265,8 +290,8 @@ class RankAllocation:
                 "Share of the gradient norm by layer",
                 share_bars(
                     list(range(len(self.layers))),
-                    {one.strategy: one.norms["raw"].share_l for one in bars},
-                    {one.strategy: np.array(one.predicted_shares(steps)) for one in bars if one.strategy != UNIFORM},
+                    {one.strategy: one.shares["raw"].mean(axis=1) for one in bars},
+                    {one.strategy: np.array(one.predicted_shares(np.arange(one.num_steps))) for one in bars if one.strategy != UNIFORM},
                 ),
                 f"Bars: measured, seed {first}. Marks: the uniform run's shares times √r, normalised; nothing else changed.",
             ),
@@ -278,6 +303,17 @@ class RankAllocation:
             ),
             Picture("accuracy-by-strategy", "Accuracy", intervals(accuracies(main), "accuracy on held-out problems"), "95 % intervals."),
         )
+
+
+def _steps_with_gradient(norms: LayerNorms) -> set[int]:
+    """Steps whose gradient is finite and not all zero."""
+    return set(norms.steps[norms.norms_ls.sum(axis=0) > 0].tolist())
+
+
+def _shares_at(norms: LayerNorms, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Shares of the layers at these steps, [l, s]."""
+    norms_ls = norms.norms_ls[:, np.isin(norms.steps, steps)]
+    return np.asarray(norms_ls / norms_ls.sum(axis=0))
 
 
 def named(strategy: str, scaling: str, seed: int) -> str:
@@ -301,9 +337,17 @@ def _published_gap(first: str, second: str) -> str:
     return "not run" if gap is None else f"{100 * gap:+.1f} points (200 problems, one seed)"
 
 
-def _top_share(norms: LayerNorms, steps: NDArray[np.int64]) -> float:
-    share_l = np.sort(norms.shares_ls[:, steps].mean(axis=1))[::-1]
+def _top_share(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
+    share_l = np.sort(shares_ls[:, steps].mean(axis=1))[::-1]
     return float(share_l[: math.ceil(TOP_LAYERS * len(share_l))].sum())
+
+
+def _early_against_late(shares_ls: NDArray[np.float64]) -> HasInterval:
+    """Correlation over the layers of the mean shares of the first and of the last third of the steps; NaN below 3 steps."""
+    third = shares_ls.shape[1] // 3
+    if third == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    return correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
 
 
 def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Region, what: str) -> Decision:
@@ -312,17 +356,16 @@ def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], re
 
 def _amplification_claims(one: Profiled) -> Iterator[Claim]:
     """The paper's reading, and its confrontation with √r."""
-    uniform = Profiled(UNIFORM, one.seed, one.uniform_ranks_l, one.uniform, one.uniform, one.uniform_ranks_l)
     published = "max/min 2.17 → 3.00; √r alone predicts 3.07"
 
     def measured(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("raw", steps) / uniform.ratio("raw", steps))
+        return math.log(one.ratio("raw", steps) / one.uniform_ratio("raw", steps))
 
     def beyond(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("raw", steps) / one.predicted(steps))
+        return math.log(one.ratio("raw", steps) / one.predicted_ratio(steps))
 
     def without_rank(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("delta_w", steps) / uniform.ratio("delta_w", steps))
+        return math.log(one.ratio("delta_w", steps) / one.uniform_ratio("delta_w", steps))
 
     over_prediction = "log of the raw max/min ratio over its √r prediction"
     for text, statistic, region, what in (
@@ -352,9 +395,8 @@ def _ratio_table(profiled: list[Profiled]) -> Table:
         steps = np.arange(one.num_steps)
         shift: str | None = None
         if len(set(one.ranks_l)) > 1:
-            changed = one.norms["raw"].share_l - one.uniform["raw"].share_l
-            shift = str(correlation(list(one.ranks_l), changed.tolist()))
-        predicted = None if one.strategy in (UNIFORM, DYNAMIC) else one.predicted(steps)
+            shift = str(correlation(list(one.ranks_l), one.change_l.tolist()))
+        predicted = None if one.strategy in (UNIFORM, DYNAMIC) else one.predicted_ratio(steps)
         rows.append(
             (
                 one.strategy,
@@ -364,7 +406,7 @@ def _ratio_table(profiled: list[Profiled]) -> Table:
                 *(one.ratio(measure, steps) for measure in MEASURES),
                 predicted,
                 PUBLISHED_RATIO.get(one.strategy),
-                _top_share(one.norms["raw"], steps),
+                _top_share(one.shares["raw"], steps),
                 shift,
                 PUBLISHED_SHIFT.get(one.strategy),
             )

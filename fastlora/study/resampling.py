@@ -9,6 +9,7 @@ models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,10 +26,10 @@ CONFIDENCE = 0.95
 def over_steps(statistic: Callable[[NDArray[np.int64]], float], num_steps: int, *, seed: int = 0) -> Estimate:
     """statistic(indices of steps [s]) of all steps, and its 95 % percentile interval over resampled blocks of ⌈∛s⌉ neighbours.
 
-    Raises ValueError below 3 steps.
+    Below 3 steps the limits are NaN, which decide nothing.
     """
     if num_steps < 3:
-        raise ValueError(f"an interval over steps needs at least 3 of them, here are {num_steps}")
+        return Estimate(statistic(np.arange(num_steps)), math.nan, math.nan)
     block = int(np.ceil(num_steps ** (1 / 3)))
     generator = np.random.default_rng(seed)
     starts = generator.integers(num_steps - block + 1, size=(RESAMPLES, -(-num_steps // block)))
@@ -38,9 +39,9 @@ def over_steps(statistic: Callable[[NDArray[np.int64]], float], num_steps: int, 
 
 
 def leave_one_out(statistic: Callable[[NDArray[np.int64]], float], num_batches: int) -> Estimate:
-    """statistic(indices of batches [b]) of all batches, and its 95 % interval by the jackknife. Raises ValueError below 3 batches."""
+    """statistic(indices of batches [b]) of all batches, and its 95 % interval by the jackknife; NaN limits below 3 batches."""
     if num_batches < 3:
-        raise ValueError(f"a jackknife needs at least 3 batches, here are {num_batches}")
+        return Estimate(statistic(np.arange(num_batches)), math.nan, math.nan)
     everything = np.arange(num_batches)
     without = np.array([statistic(np.delete(everything, i)) for i in everything])
     error = float(np.sqrt((num_batches - 1) / num_batches * ((without - without.mean()) ** 2).sum()))

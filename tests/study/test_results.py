@@ -69,9 +69,9 @@ def test_a_cell_is_what_its_files_say(cell: CellResult) -> None:
 def test_layer_norms_can_be_rank_normalised(cell: CellResult) -> None:
     """B of layer 1 at step 5, by a plain loop."""
     picked = [r for r in cell.run.gradient_profile.to_pylist() if (r["layer"], r["step"], r["matrix"]) == (1, 5, "B")]
-    for normalised in (False, True):
-        expected = sum(r["norm"] ** 2 / (r["rank"] if normalised else 1) for r in picked) ** 0.5
-        assert cell.layer_norms("B", rank_normalised=normalised).norms_ls[1, 4] == pytest.approx(expected, rel=1e-6)
+    for measure in ("raw", "rank_normalised"):
+        expected = sum(r["norm"] ** 2 / (r["rank"] if measure == "rank_normalised" else 1) for r in picked) ** 0.5
+        assert cell.layer_norms(measure, "B").norms_ls[1, 4] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_peak_counts_evaluations_during_training(cell: CellResult) -> None:
