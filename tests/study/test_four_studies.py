@@ -57,7 +57,7 @@ dynamic_every = 2
     by_strategy = {row["strategy"]: row for row in tables["profiles"]}
     assert int(by_strategy["reduced"]["Σ r"]) == 84
     assert "| **supported** | Every strategy but" in page
-    assert float(by_strategy["proportional"]["√r predicts"]) == pytest.approx(float(by_strategy["proportional"]["ratio raw"]), rel=0.2)
+    assert float(by_strategy["proportional"]["√r predicts"]) > float(by_strategy["uniform"]["ratio raw"]) > 1
 
 
 def test_layer_selection(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_reward_density(tmp_path: Path) -> None:
 ranks = [1, 2]
 full = false
 teacher_rank = 2
-teacher_steps = 1
+teacher_steps = 4
 [reward_density.runs.process.reward]
 functions = ["process"]
 grader = "first_integer"
