@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "bench", help="folder of the page and its figures")
     parser.add_argument("--readme", action="store_true", help="print README's table instead: the targets on the device measured last")
     options = parser.parse_args(argv)
-    devices = sorted(path for path in options.results.glob("*") if path.is_dir())
+    devices = sorted({rows.parent for rows in options.results.glob("*/*.jsonl")})  # a folder of predictions has no rows
     if not devices:
         parser.error(f"no rows in {options.results}: run make bench first")
     if options.readme:

@@ -68,7 +68,10 @@ class LayerSelection:
         ]
         trained = yield cells
         if self.own.second_task:
-            yield [Cell("second task/base", self._second(None), "evaluate"), *(self._forgetting(cell, trained[cell.name]) for cell in cells)]
+            yield [
+                Cell("second task/base", self._second(None), "evaluate"),
+                *(self._forgetting(cell, trained[cell.name]) for cell in cells),
+            ]
 
     def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
         """`lora.rank_pattern` of a selection."""
