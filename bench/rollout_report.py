@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.race import Result
+from bench.race import REPOSITORY, Result
 from bench.report import GIB, Target, commit, device_name, device_slug, merge_summary, speedup, target_table
 from bench.rows import Row, append_rows, timing
 from bench.workload import DType
@@ -106,7 +106,8 @@ def numbers(measured: Measured) -> dict[str, Any]:
 
 def about(result: Result) -> dict[str, Any]:
     """One contender, JSON-able."""
-    metrics = {name: float(np.median(values)) for name, values in result.metrics.items()}
+    # A reward's metric has the path of its file, which is this machine's.
+    metrics = {name.replace(f"{REPOSITORY}/", ""): float(np.median(values)) for name, values in result.metrics.items()}
     return {"name": result.contender.name, **result.summary(), "tokens_per_second": tokens_per_second(result), "metrics": metrics}
 
 

@@ -242,7 +242,7 @@ def shared_rig(temperature: float = 1.0) -> Rig:
 def trl_arguments(config: LossConfig, advantage: AdvantageConfig) -> dict[str, Any]:
     """GRPOConfig's arguments for our two configs: names and meanings are the same."""
     ours_alone = {"kl_estimator", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"}
-    otherwise_named = {"sampler_correction", "sampler_correction_max", "sampler_correction_min", "renormalize_top_p"}
+    otherwise_named = {"sampler_correction", "sampler_correction_max", "sampler_correction_min", "renormalize_top_p", "function"}
     arguments = {**config.model_dump(exclude=ours_alone | otherwise_named), "scale_rewards": advantage.scale_rewards}
     if config.sampler_correction != "none":
         arguments |= {
