@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +17,7 @@ from bench.gemm_peak import Work
 from bench.race import Result
 from bench.rows import append_rows, slug
 from bench.workload import DType
-from fastlora.metrics import write_environment
+from fastlora.metrics import environment, processor_name
 
 GIB = 2**30
 
@@ -255,10 +252,8 @@ def json_line(measured: Measured) -> str:
 
 
 def device_name() -> str:
-    """The CPU's model name as lscpu prints it; the architecture where Linux does not say."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.machine()
+    """Of the CPU."""
+    return processor_name()
 
 
 def device_slug() -> str:
@@ -269,6 +264,4 @@ def device_slug() -> str:
 @cache
 def commit() -> str | None:
     """Of this checkout when it was first asked for, as every run of fastlora records it: rows that are written later make a tree dirty."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_environment(Path(scratch))
-        return json.loads((Path(scratch) / "environment.json").read_text())["commit"]
+    return environment()["commit"]

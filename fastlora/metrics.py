@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -374,8 +375,13 @@ class RunSummary:
 
 
 def write_environment(run_dir: Path) -> None:
-    """Writes environment.json: commit, Python, hardware, and the version of every installed package."""
-    environment = {
+    """Writes environment.json."""
+    atomic_write_text(run_dir / ENVIRONMENT_FILE, json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, Python, hardware, and the version of every installed package."""
+    return {
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -383,7 +389,13 @@ def write_environment(run_dir: Path) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": dict(sorted((package.name, package.version) for package in metadata.distributions())),
     }
-    atomic_write_text(run_dir / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
+
+
+def processor_name() -> str:
+    """The CPU's model name as lscpu prints it; the architecture where Linux does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.machine()
 
 
 def _commit() -> str | None:

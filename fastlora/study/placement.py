@@ -12,6 +12,7 @@ config may name (lora.b_mask).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
 from torch import Tensor
 
 from fastlora.config import RunConfig
+from fastlora.gradient_structure import Structure, structure_of
 from fastlora.lora.peft_format import load_b_mask, save_b_mask
 from fastlora.placement import overlap, projection_shares, scores, top_k_mask
 from fastlora.scoring import SCORES_FILE, STRUCTURE_FILE, SUMS, read_sums
@@ -66,24 +69,25 @@ class Structured:
 
     def cosine(self, batches: NDArray[np.int64]) -> float:
         """Mean over consecutive pairs of these batches."""
-        gram = self.gram_bb[np.ix_(batches, batches)]
-        norms = np.sqrt(gram.diagonal())
-        return float((np.diagonal(gram, 1) / (norms[1:] * norms[:-1])).mean())
+        return float(self.cosines(batches).mean())
+
+    def cosines(self, batches: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of consecutive pairs of these batches, all of which had a gradient."""
+        return np.array(self.structure(batches).consecutive_cosines, dtype=np.float64)
 
     def stable_rank(self, batches: NDArray[np.int64]) -> float:
-        """‖G‖_F² / ‖G‖₂² of these batches' gradients, each scaled to length 1: a single long one would count as rank 1."""
-        return float(len(batches) / self._unit_eigenvalues(batches).max())
+        """Of these batches' gradients at length 1."""
+        return float(self.structure(batches).stable_rank or math.nan)
 
     def effective_rank(self, batches: NDArray[np.int64]) -> float:
-        """exp(entropy of the normalised singular values), of the same (Roy & Vetterli 2007)."""
-        singular = np.sqrt(self._unit_eigenvalues(batches).clip(min=1e-12))
-        share = singular / singular.sum()
-        return float(np.exp(-(share * np.log(share)).sum()))
+        """Of these batches' gradients at length 1."""
+        return float(self.structure(batches).effective_rank or math.nan)
 
-    def _unit_eigenvalues(self, batches: NDArray[np.int64]) -> NDArray[np.float64]:
+    def structure(self, batches: NDArray[np.int64]) -> Structure:
+        """Of these batches' gradients, each scaled to length 1: a single long one would count as rank 1."""
         gram = self.gram_bb[np.ix_(batches, batches)]
         norms = np.sqrt(gram.diagonal())
-        return np.asarray(np.linalg.eigvalsh(gram / np.outer(norms, norms)), dtype=np.float64)
+        return structure_of(torch.from_numpy(gram / np.outer(norms, norms)))
 
 
 class Placement:
@@ -118,13 +122,14 @@ class Placement:
         path = folder / SCORES_FILE
         sums: dict[str, Tensor] = {}
         for kind in self.own.scores:
+            score: dict[str, Tensor] = {}
             for scope in self.own.scopes:
                 for k in self.own.k:
                     name = _mask_name(kind, scope, k)
                     file = folder / "masks" / f"{name}.safetensors"
                     if not file.exists():
                         sums = sums or read_sums(path)[0]
-                        score = scores(sums, self.own.batches, kind, seed=seed)
+                        score = score or scores(sums, self.own.batches, kind, seed=seed)
                         magnitude = {module: sums_4nr[MAGNITUDE_ROW] for module, sums_4nr in sums.items()}
                         file.parent.mkdir(exist_ok=True)
                         save_b_mask(file, top_k_mask(score, magnitude, k, scope=scope, seed=seed), {"score": kind, "scope": scope})
@@ -276,7 +281,7 @@ class Placement:
         }
         length = min(one.batches for one in structures) - 1
         cosines: dict[str, NDArray[np.float64]] = {
-            objective: np.array([_consecutive(one)[:length] for one in structures if one.objective == objective])
+            objective: np.array([one.cosines(np.arange(length + 1)) for one in structures if one.objective == objective])
             for objective in self.own.objectives
         }
         panel = CurvePanel("", "cosine", np.arange(1, length + 1), cosines, references={"orthogonal": 0.0})
@@ -325,11 +330,6 @@ def _structured(name: str, folder: Path) -> Structured:
     return Structured(
         objective, int(seed.removeprefix("seed-")), gram, sum(found["seconds"].values()), found["batches"], found["batches_without_signal"]
     )
-
-
-def _consecutive(one: Structured) -> NDArray[np.float64]:
-    norms = np.sqrt(one.gram_bb.diagonal())
-    return np.diagonal(one.gram_bb, 1) / (norms[1:] * norms[:-1])
 
 
 def _contrast(text: str, measure: str, sft: Structured, grpo: Structured) -> Claim:

@@ -263,7 +263,7 @@ class RankAllocation:
             if strategy not in (UNIFORM, "proportional"):
                 continue
             for seed, cell in by_seed.items():
-                ratios = [share_ratio(cell.layer_norms(measure).share_l.tolist()) for measure in MEASURES]
+                ratios = [cell.layer_norms(measure).share_ratio for measure in MEASURES]
                 rows.append((scaling, strategy, seed, *ratios, cell.accuracy.value))
         return Table(
             "scale-modes",

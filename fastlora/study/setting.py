@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import re
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from fastlora.config import RunConfig
 from fastlora.lora.groups import projections, shapes
 from fastlora.lora.patterns import resolve
-from fastlora.metrics import ENVIRONMENT_FILE, write_environment
+from fastlora.metrics import environment, processor_name
 from fastlora.model import meta_model
 from fastlora.study.config import StudyConfig
 from fastlora.study.results import CellResult
@@ -26,14 +21,9 @@ def adapted_modules(config: RunConfig) -> tuple[str, ...]:
 
 def machine_and_commit() -> dict[str, str]:
     """Processor or GPU, and the commit of this checkout."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_environment(Path(scratch))
-        environment = json.loads((Path(scratch) / ENVIRONMENT_FILE).read_text())
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    processor = named[1].strip() if named else platform.machine()
-    device = processor if environment["device"] == "cpu" else environment["device"]
-    return {"commit": environment["commit"] or "not a git checkout", "machine": f"{device}, {environment['cpu_count']} CPU cores"}
+    found = environment()
+    device = processor_name() if found["device"] == "cpu" else found["device"]
+    return {"commit": found["commit"] or "not a git checkout", "machine": f"{device}, {found['cpu_count']} CPU cores"}
 
 
 def setting(study: StudyConfig, command: str, cells: Iterable[CellResult]) -> Mapping[str, str]:
