@@ -26,7 +26,7 @@ from torch import Tensor
 from fastlora.rollout.sampler import SamplerError
 
 MARGIN = 4.0
-"""Tolerance over the base model's own maximum, which is one of a few hundred numbers: the next few hundred may lie further out."""
+"""Tolerance over the base model's own maximum, which is the largest of forty numbers: the next forty may lie further out."""
 
 DECIDABLE = 2.0
 """An engine on the old policy differs by the effect, give or take the tolerance; from twice the tolerance on it is caught for certain."""
