@@ -32,7 +32,7 @@ train: $(if $(filter $(SAMPLER),vllm),setup-vllm,setup)  ## set up, then train a
 studies: setup-study  ## the four studies at laptop scale (an hour on two cores); mechanism claims are decided. Again: goes on where it stopped
 	$(call run_studies,cpu)
 
-studies-long: setup-study  ## the same at published scale, on a GPU; accuracy claims are decided too
+studies-long: setup-study setup-vllm  ## the same at published scale, on a GPU; accuracy claims are decided too
 	$(call run_studies,long)
 
 # A newline ends it: one command of the recipe per study.

@@ -112,11 +112,12 @@ class DataConfig(Section):
     """Training and evaluation problems."""
 
     source: str = "reasoning_gym:chain_sum"
-    """`reasoning_gym:TASK`, `gsm8k`, `math` (both through `datasets`), or the path of a JSONL file with the columns below."""
+    """`reasoning_gym:TASK`; `gsm8k`, `math` (held out: MATH-500), `math-5000` (held out: all of MATH's test problems), all three through
+    `datasets`; or the path of a JSONL file with the columns below."""
     options: dict[str, int | float | str | bool] = {}
     """Options of the source: a reasoning-gym task's own parameters."""
     train_path: Path | None = None
-    """Local JSONL to read instead of the hub (gsm8k and math keep their columns)."""
+    """Local JSONL to read instead of the hub (gsm8k and the two math keep their columns)."""
     eval_path: Path | None = None
     """Local JSONL of the held-out split."""
     train_size: NonNegative = 2048

@@ -36,6 +36,9 @@ HUB: dict[tuple[str, Split], tuple[str, str, str]] = {
     # The 7,500 training problems of Hendrycks et al.; MATH-500 is drawn from the 5,000 test problems, so the two are disjoint.
     ("math", "train"): ("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
     ("math", "eval"): ("HuggingFaceH4/MATH-500", "default", "test"),
+    # All of those test problems: 500 are too few to tell accuracies apart that differ by less than six points.
+    ("math-5000", "train"): ("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
+    ("math-5000", "eval"): ("DigitalLearningGmbH/MATH-lighteval", "default", "test"),
 }
 """(source, split) -> hub data set, configuration, hub split."""
 
@@ -137,12 +140,13 @@ def _rows(config: DataConfig, split: Split, size: int, seed: int) -> list[_Row]:
         return _generated_rows(task, split, config.options, size, seed)
     if config.options:
         raise DataError(f"data.options = {config.options} has no effect: only reasoning_gym tasks have options")
-    if config.source in ("gsm8k", "math"):
+    if (config.source, split) in HUB:
         parse = _gsm8k_row if config.source == "gsm8k" else _math_row
         raw = _read_jsonl(path) if path else _read_hub(config.source, split)
         return [parse(where, row) for where, row in islice(raw, size or None)]
     if Path(config.source).suffix not in (".jsonl", ".json"):
-        raise DataError(f"data.source = {config.source!r} is unknown{_near(config.source, ['gsm8k', 'math', 'reasoning_gym:'])}")
+        known = [*dict.fromkeys(source for source, _ in HUB), "reasoning_gym:"]
+        raise DataError(f"data.source = {config.source!r} is unknown{_near(config.source, known)}")
     if config.train_path:
         raise DataError(f"data.source = {config.source} and data.train_path = {config.train_path} both name training data; give one")
     if split == "eval" and path is None:

@@ -43,8 +43,9 @@ from fastlora.nf4 import BYTES_PER_WEIGHT
 from fastlora.packaged_model import PACKAGED_MODELS
 from fastlora.prompt import encode
 from fastlora.rollout.sampler import SamplerError
-from fastlora.rollout.vllm.memory import EngineMemory, engine_card, engine_memory
+from fastlora.rollout.vllm.memory import EngineLoad, EngineMemory, engine_card, engine_memory, run_load
 from fastlora.rollout.vllm.servers import max_lora_rank
+from fastlora.rollout.vllm.shared import shared_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -250,13 +251,18 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
 
 def plan_engine(config: RunConfig, model: PreTrainedModel) -> EngineMemory | None:
     """vLLM's engine, if this run starts one. Raises SamplerError: a card that is not there, a rank or a share that cannot work."""
-    if config.rollout.sampler != "vllm" or config.vllm.servers:
+    if config.rollout.sampler != "vllm" or config.vllm.servers or shared_folder(config) is not None:
         return None
+    card = engine_card(config, select_device(config.model))
+    load = plan_load(config, model, on_cpu=card is None)
+    return engine_memory(config, model.config, load, None if card is None else machine_bytes(card))
+
+
+def plan_load(config: RunConfig, model: PreTrainedModel, *, on_cpu: bool) -> EngineLoad:
+    """What this run asks of an engine, at the largest rank that it may come to. model: on the meta device will do."""
     ranks = [spec.rank for spec in resolve(shapes(projections(model)), config.lora)] if config.method == "lora" else []
     largest = max([*ranks, config.reallocation.r_max] if config.reallocation.every else ranks, default=1)
-    slot_rank = max_lora_rank(largest) if ranks else 0
-    card = engine_card(config, select_device(config.model))
-    return engine_memory(config, model.config, slot_rank, None if card is None else machine_bytes(card))
+    return run_load(config, model.config, max_lora_rank(largest) if ranks else 0, on_cpu=on_cpu)
 
 
 def announce_engine(config: RunConfig, console: Console) -> None:

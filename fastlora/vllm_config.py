@@ -21,7 +21,7 @@ class VllmConfig(Section):
     """Folder that the servers see under the same path, for adapters on their way; None = one on this machine's tmpfs."""
     weights: Literal["adapter", "merged", "auto"] = "adapter"
     """adapter = loaded beside the base; merged = W + s B A replaces the engine's matrices at every step (no cost per token, a longer swap);
-    auto = the faster one of a short trial. With method = "full" every weight is replaced."""
+    auto = the faster one of a short trial, which a resumed run makes anew. With method = "full" every weight is replaced."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1 = sample step t + 1 while step t trains, from the policy before that step; 0 = sample, then train."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] | None = None

@@ -185,6 +185,19 @@ def test_hub_rows_and_an_unreachable_hub(tiny_tokenizer: PreTrainedTokenizerFast
         load(tiny_tokenizer, DataConfig(source="gsm8k"))
 
 
+def test_all_of_maths_test_problems(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows have no column `answer`, unlike MATH-500's."""
+
+    def serve(name: str, configuration: str, split: str) -> list[dict[str, str]]:
+        assert (name, split) == ("DigitalLearningGmbH/MATH-lighteval", "test")
+        return [MATH_ROW]
+
+    monkeypatch.setattr(datasets, "load_dataset", serve)
+    assert load(tiny_tokenizer, DataConfig(source="math-5000"), "eval")[0].answer == r"\frac{1}{2}"
+    with pytest.raises(DataError, match=r"'maths' is unknown.*math"):
+        load(tiny_tokenizer, DataConfig(source="maths"))
+
+
 @pytest.mark.parametrize(
     ("text", "boxed"),
     [

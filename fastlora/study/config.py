@@ -75,6 +75,9 @@ class ResourcesConfig(Section):
     """CPU cores of a cell, which are also the threads of its torch; as many cells run together as fit."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs of a cell; .25 = four cells share one, 0 = it sees none and trains on the CPU."""
+    engine: Literal["own", "shared"] = "own"
+    """vLLM's, with rollout.sampler = "vllm": one of each cell's own, or one for all cells of a stage, on the command's machine, which holds
+    the adapters of those that run together and batches their completions together."""
 
 
 class ThresholdsConfig(Section):
@@ -228,6 +231,8 @@ def load_study_config(path: Path, *, seeds: Iterable[int] | None = None) -> Stud
     run = config.base_run(f"{path}: run")
     if run.model.device == "cuda" and config.resources.gpus == 0:
         raise ConfigError(f"{path}: resources.gpus = 0, and model.device = 'cuda': a cell would see no GPU; say how many it gets")
+    if config.resources.engine == "shared" and run.rollout.sampler != "vllm":
+        raise ConfigError(f"{path}: resources.engine = 'shared' is vLLM's, and rollout.sampler = {run.rollout.sampler!r}; set it to 'vllm'")
     return config
 
 

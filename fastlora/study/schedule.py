@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -91,14 +91,12 @@ class Scheduler:
         self._ray, self._out, self._resources, self._max_retries, self._console = ray, out, resources, max_retries, console
         self._keys: dict[str, str] = {}
         self._refuse_too_large()
-        variables = {
+        self._variables = {
             "PYTHONPATH": _python_path(),
             "OMP_NUM_THREADS": str(resources.cpus),  # torch takes as many threads
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # gpus = 0: none is visible; else Ray 2.60 would leave all of them
         }
-        self._run_cell = ray.remote(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": variables}
-        )(run_cell)
+        self._run_cell = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=1, max_retries=0)(run_cell)
 
     def run(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Runs a stage; returns {cell name: folder}.
@@ -115,20 +113,38 @@ class Scheduler:
             jobs.setdefault(folders[cell.name], Job(cell, folders[cell.name]))
         for job in jobs.values():
             job.state = "finished" if (job.folder / FINISHED_FILE).exists() else "waiting"
-        self._run_jobs([*jobs.values()])
+        with self._engine([job.cell for job in jobs.values() if job.state == "waiting"]) as variables:
+            self._run_jobs([*jobs.values()], variables)
         if failed := [job for job in jobs.values() if job.state == "failed"]:
             raise StudyError(self._what_failed(failed, len(jobs)))
         return folders
 
-    def _run_jobs(self, jobs: list[Job]) -> None:
+    @contextmanager
+    def _engine(self, cells: Sequence[Cell]) -> Iterator[dict[str, str]]:
+        """Inside, what the cells share runs; yields their environment's variables."""
+        if self._resources.engine == "own":
+            yield self._variables
+            return
+        nodes = self._nodes()
+        if len(nodes) > 1:
+            raise ConfigError(f"resources.engine = 'shared' listens on one machine, and this cluster has {len(nodes)}; set it to 'own'")
+        from fastlora.study.engine import shared_engine  # torch, only where it is needed
+
+        fits = [int(nodes[0].get(name, 0) / wanted) for name, wanted in self._wanted() if wanted]
+        with shared_engine(cells, min(fits), self._out, lambda line: self._console.print(line, markup=False, soft_wrap=True)) as engine:
+            yield self._variables | engine
+
+    def _run_jobs(self, jobs: list[Job], variables: Mapping[str, str]) -> None:
+        """variables: of the cells' environment."""
+        run_cell = self._run_cell.options(runtime_env={"env_vars": dict(variables)})
         running: dict[Any, Job] = {}
         with StageProgress(jobs, self._console) as progress:
             try:
                 with interruptible() as check_interrupt:
                     try:
-                        running |= {self._start(job): job for job in jobs if job.state == "waiting"}
+                        running |= {self._start(job, run_cell): job for job in jobs if job.state == "waiting"}
                         while running:
-                            self._settle(running, progress)
+                            self._settle(running, progress, run_cell)
                             check_interrupt()
                     except Interrupted:
                         self._stop(running, progress)
@@ -139,26 +155,26 @@ class Scheduler:
                     self._ray.cancel(submitted, force=True)
                 raise StudyStoppedError("at once: cells that ran have lost their steps since the last checkpoint") from None
 
-    def _start(self, job: Job) -> Any:
-        """Submits an attempt; Ray's reference to its outcome."""
+    def _start(self, job: Job, run_cell: Any) -> Any:
+        """Submits an attempt to Ray's `run_cell`; Ray's reference to its outcome."""
         job.attempt += 1
         job.state = "waiting"
         (job.folder / ATTEMPT_FILE).unlink(missing_ok=True)  # the worker writes it when it starts: Ray's queue may be long
-        return self._run_cell.remote(job.cell, job.folder.absolute(), job.attempt, Path.cwd())
+        return run_cell.remote(job.cell, job.folder.absolute(), job.attempt, Path.cwd())
 
-    def _settle(self, running: dict[Any, Job], progress: StageProgress, *, stopping: bool = False) -> None:
-        """Waits a moment for attempts to end; books those that did and starts failed ones again."""
+    def _settle(self, running: dict[Any, Job], progress: StageProgress, again: Any | None) -> None:
+        """Waits a moment for attempts to end; books those that did and starts failed ones again by `again`, None = no more: we stop."""
         done, _ = self._ray.wait([*running], num_returns=len(running), timeout=POLL_SECONDS)
         for submitted in done:
             job = running.pop(submitted)
-            outcome = self._outcome(submitted, stopping)
+            outcome = self._outcome(submitted, stopping=again is None)
             job.state, job.message = outcome.state, outcome.message
-            if outcome.retry and job.attempt <= self._max_retries and not stopping:
+            if outcome.retry and job.attempt <= self._max_retries and again is not None:
                 progress.note(f"{job.cell.name}: {outcome.message}; trying again ({job.attempt} of {self._max_retries} retries)")
-                running[self._start(job)] = job
+                running[self._start(job, again)] = job
         progress.update()
 
-    def _outcome(self, submitted: Any, stopping: bool) -> Outcome:
+    def _outcome(self, submitted: Any, *, stopping: bool) -> Outcome:
         errors = self._ray.exceptions
         try:
             outcome: Outcome = self._ray.get(submitted)
@@ -178,15 +194,24 @@ class Scheduler:
         for submitted in running:
             self._ray.cancel(submitted, force=False, recursive=False)
         while running:
-            self._settle(running, progress, stopping=True)
+            self._settle(running, progress, None)
 
     def _refuse_too_large(self) -> None:
         """A cell that fits nowhere would wait for ever."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        for name, resource, wanted in (("cpus", "CPU", self._resources.cpus), ("gpus", "GPU", self._resources.gpus)):
-            largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        for resource, wanted in self._wanted():
+            largest = max((node.get(resource, 0.0) for node in self._nodes()), default=0.0)
             if wanted > largest:
-                raise ConfigError(f"resources.{name} = {wanted:g}, and the largest machine has {largest:g}: no cell could ever start")
+                raise ConfigError(
+                    f"resources.{resource.lower()}s = {wanted:g}, and the largest machine has {largest:g}: no cell could ever start"
+                )
+
+    def _wanted(self) -> tuple[tuple[str, float], ...]:
+        """Of a cell, in Ray's names."""
+        return ("CPU", self._resources.cpus), ("GPU", self._resources.gpus)
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """What each machine has, by Ray's names."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _what_failed(self, failed: list[Job], total: int) -> str:
         lines = [

@@ -15,7 +15,18 @@ from fastlora import memory_plan
 from fastlora.config import RunConfig
 from fastlora.memory_plan import announce_engine, longest_possible, plan_memory
 from fastlora.rollout.sampler import SamplerError
-from fastlora.rollout.vllm.memory import GIB, OUTSIDE_POOL, EngineMemory, engine_card, engine_memory, memory_flags, sleeps
+from fastlora.rollout.vllm.memory import (
+    GIB,
+    OUTSIDE_POOL,
+    EngineLoad,
+    EngineMemory,
+    engine_card,
+    engine_memory,
+    memory_flags,
+    run_load,
+    shared_load,
+    sleeps,
+)
 from fastlora.rollout.vllm.process import environment
 from tests.tiny import TINY_FAMILIES, make_tiny_model
 
@@ -43,36 +54,41 @@ def config(vllm: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(base | changes)
 
 
+def planned(settings: RunConfig, model_config: Any, slot_rank: int, card_bytes: int | None) -> tuple[EngineLoad, EngineMemory]:
+    load = run_load(settings, model_config, slot_rank, on_cpu=card_bytes is None)
+    return load, engine_memory(settings, model_config, load, card_bytes)
+
+
 def size(engine: EngineMemory, name: str) -> int:
     return next(size for part, size in engine.parts if part.startswith(name))
 
 
 def test_slots_and_cache_are_those_of_a_real_engine() -> None:
     """vLLM 0.32 on a CPU: bytes of lora_a_stacked and lora_b_stacked of all its layers, and of its KV caches, as it reported them."""
-    engine = engine_memory(config(model={"dtype": "bfloat16"}), SMOLLM2, 32, None)
+    _, engine = planned(config(model={"dtype": "bfloat16"}), SMOLLM2, 32, None)
     assert size(engine, "adapter slots") == 51_806_208
     assert size(engine, "KV cache of 16 × 256 tokens") == 141_557_760
-    assert size(engine_memory(config(), SMOLLM2, 0, None), "adapter slots") == 0
+    assert size(planned(config(), SMOLLM2, 0, None)[1], "adapter slots") == 0
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_weights_are_the_models_matrices(family: str) -> None:
     model = make_tiny_model(family)
-    engine = engine_memory(config(model={"dtype": "float32"}), model.config, 8, None)
+    _, engine = planned(config(model={"dtype": "float32"}), model.config, 8, None)
     assert size(engine, "weights") == 4 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
 
 def test_a_cpu_is_not_asked_to_sleep() -> None:
     settings = config()
-    engine = engine_memory(settings, SMOLLM2, 32, None)
-    assert memory_flags(settings, SMOLLM2, engine, None) == ["--kv-cache-memory-bytes", str(size(engine, "KV cache"))]
+    load, engine = planned(settings, SMOLLM2, 32, None)
+    assert memory_flags(settings, SMOLLM2, load, engine, None) == ["--kv-cache-memory-bytes", str(size(engine, "KV cache"))]
     assert engine.beside and engine.at_rest == engine.total and not sleeps(settings, on_cpu=True)
 
 
 def test_on_the_trainers_gpu_it_sleeps_and_takes_what_the_plan_found() -> None:
     settings = config()
-    engine = engine_memory(settings, SMOLLM2, 32, CARD)
-    flags = memory_flags(settings, SMOLLM2, engine, CARD)
+    load, engine = planned(settings, SMOLLM2, 32, CARD)
+    flags = memory_flags(settings, SMOLLM2, load, engine, CARD)
     assert flags[:3] == ["--enable-sleep-mode", "--kv-cache-memory-bytes", str(size(engine, "KV cache"))]
     assert flags[3] == "--gpu-memory-utilization" and 0 <= float(flags[4]) - engine.total / CARD <= 1e-4
     assert engine.at_rest == OUTSIDE_POOL[False] < engine.total and engine.beside
@@ -81,20 +97,33 @@ def test_on_the_trainers_gpu_it_sleeps_and_takes_what_the_plan_found() -> None:
 @pytest.mark.parametrize("vllm", [{"device": 1}, {"staleness": 1}])
 def test_it_stays_awake_where_the_trainer_does_not_need_its_memory_or_it_samples_ahead(vllm: dict[str, Any]) -> None:
     settings = config(vllm)
-    engine = engine_memory(settings, SMOLLM2, 32, CARD)
-    assert "--enable-sleep-mode" not in memory_flags(settings, SMOLLM2, engine, CARD)
+    load, engine = planned(settings, SMOLLM2, 32, CARD)
+    assert "--enable-sleep-mode" not in memory_flags(settings, SMOLLM2, load, engine, CARD)
     assert engine.at_rest == engine.total and engine.beside == ("device" not in vllm)
 
 
 def test_given_shares_and_caches_are_taken() -> None:
     share = config({"gpu_share": 0.3})
-    engine = engine_memory(share, SMOLLM2, 32, CARD)
+    load, engine = planned(share, SMOLLM2, 32, CARD)
     assert engine.total == int(0.3 * CARD)
-    assert memory_flags(share, SMOLLM2, engine, CARD) == ["--enable-sleep-mode", "--gpu-memory-utilization", "0.3"]
+    assert memory_flags(share, SMOLLM2, load, engine, CARD) == ["--enable-sleep-mode", "--gpu-memory-utilization", "0.3"]
     both = config({"gpu_share": 0.3, "kv_cache_gib": 1.5})
-    assert memory_flags(both, SMOLLM2, engine, CARD)[3:] == ["--kv-cache-memory-bytes", str(3 * GIB // 2)]
+    assert memory_flags(both, SMOLLM2, load, engine, CARD)[3:] == ["--kv-cache-memory-bytes", str(3 * GIB // 2)]
     with pytest.raises(SamplerError, match=r"vllm.gpu_share = 0.02 of 80.0 GiB leaves no KV cache: the engine's other parts need 2\.\d"):
-        engine_memory(config({"gpu_share": 0.02}), SMOLLM2, 32, CARD)
+        planned(config({"gpu_share": 0.02}), SMOLLM2, 32, CARD)
+
+
+def test_what_several_runs_ask_of_one_engine() -> None:
+    """Any two of three at once: the two largest batches, two slots each, the longest sequence, the highest rank; it never sleeps."""
+    loads = [
+        EngineLoad(sequences, longest, rank, 2, sleeps=True) for sequences, longest, rank in ((16, 256, 8), (4, 512, 64), (24, 128, 16))
+    ]
+    assert shared_load(loads, 2) == EngineLoad(40, 512, 64, 4, sleeps=False)
+    assert shared_load(loads[:1], 1) == EngineLoad(16, 256, 8, 2, sleeps=False)
+    both = shared_load([run_load(config(), SMOLLM2, 32, on_cpu=False)] * 2, 2)
+    one, two = (engine_memory(config(), SMOLLM2, load, CARD) for load in (run_load(config(), SMOLLM2, 32, on_cpu=False), both))
+    assert size(two, "adapter slots") == 2 * size(one, "adapter slots") and size(two, "weights") == size(one, "weights")
+    assert two.at_rest == two.total
 
 
 def test_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,11 +19,13 @@ from fastlora.model import BaseModel, resolve_source
 from fastlora.prompt import encode
 from fastlora.rollout.sampler import SamplerError, SamplingParams
 from fastlora.rollout.vllm.canary import Canary
-from fastlora.rollout.vllm.memory import MAX_LORAS, engine_card, engine_memory, longest_sequence, memory_flags, sleeps
+from fastlora.rollout.vllm.client import VllmClient
+from fastlora.rollout.vllm.memory import EngineLoad, engine_card, engine_memory, longest_sequence, memory_flags, run_load
 from fastlora.rollout.vllm.policy import AdapterSource, FullSource, MergedSource, Source
 from fastlora.rollout.vllm.process import EngineProcess, engine_flags, memory_folder
 from fastlora.rollout.vllm.sampler import Trial, VllmSampler
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine, Server, max_lora_rank
+from fastlora.rollout.vllm.shared import SharedEngine, shared_folder
 from fastlora.types import Example
 
 CANARY_PROMPTS = 2
@@ -46,7 +49,7 @@ def build_vllm_sampler(
     length = min(CANARY_TOKENS_FOREIGN if foreign else CANARY_TOKENS, longest_sequence(config, model.module.config) - 1)
     prompts = canary_prompts(encode(model.tokenizer, [example.prompt for example in examples[: 16 * CANARY_PROMPTS]]), length)
     name = f"{config.name or 'run'}-{secrets.token_hex(4)}"
-    shared = config.vllm.adapter_folder
+    shared = shared_folder(config) or config.vllm.adapter_folder
     folder = memory_folder() if shared is None else shared / name
     source, trial = _sources(config, model, adapter, flat, name, folder / "weights", examples)
     return VllmSampler(
@@ -80,39 +83,57 @@ def _sources(
 
 def _servers(config: RunConfig, model: BaseModel, adapter: PackedAdapter | None, scratch: Path) -> list[Server]:
     vllm, longest = config.vllm, longest_sequence(config, model.module.config)
+    if (shared := shared_folder(config)) is not None:
+        return [SharedEngine(shared, vllm, needed_length=longest)]
     if vllm.servers:
         key = os.environ.get(vllm.api_key_variable)
-        return [ForeignServer(url, key, request_timeout=vllm.request_timeout, needed_length=longest) for url in vllm.servers]
+        return [
+            ForeignServer(VllmClient(url, api_key=key, request_timeout=vllm.request_timeout), needed_length=longest) for url in vllm.servers
+        ]
     card = engine_card(config, model.device)
+    ranks = [] if adapter is None or vllm.weights == "merged" else [1, *adapter.rank_pattern.values()]
+    slot_rank = max_lora_rank(max(ranks)) if ranks else 0
+    load = run_load(config, model.module.config, slot_rank, on_cpu=card is None)
+    log = Path(tempfile.gettempdir()) / f"fastlora-vllm-{os.getpid()}.log"
+    return [OwnEngine(engine_process(config, model.module.config, load, card, log=log, scratch=scratch), sleeps=load.sleeps)]
+
+
+def engine_process(
+    config: RunConfig,
+    model_config: Any,
+    load: EngineLoad,
+    card: torch.device | None,
+    *,
+    log: Path,
+    scratch: Path,
+    socket: Path | None = None,
+) -> EngineProcess:
+    """An engine of our own, not started yet. model_config: transformers'; card: its GPU, None = on a CPU; the rest: see EngineProcess.
+
+    Raises SamplerError: vllm.gpu_share without a GPU, or too small; no vLLM.
+    """
+    vllm = config.vllm
     if card is None and vllm.gpu_share is not None:
         raise SamplerError("vllm.gpu_share is set, and the engine runs on a CPU; remove it (vllm.kv_cache_gib bounds its cache)")
     card_bytes = None if card is None else torch.cuda.get_device_properties(card).total_memory
-    if adapter is None or vllm.weights == "merged":
-        slot_rank = None
-    else:
-        slot_rank = max_lora_rank(max(adapter.rank_pattern.values(), default=1))
-    memory = engine_memory(config, model.module.config, slot_rank or 0, card_bytes)
+    memory = engine_memory(config, model_config, load, card_bytes)
     flags = engine_flags(
         model=resolve_source(config.model),
         revision=config.model.revision,
         dtype=config.model.dtype,
-        max_model_len=longest,
-        max_num_seqs=config.rollout.batch_size,
-        max_lora_rank=slot_rank,
-        max_loras=MAX_LORAS,
+        load=load,
         on_cpu=card is None,
-        memory=memory_flags(config, model.module.config, memory, card_bytes),
+        memory=memory_flags(config, model_config, load, memory, card_bytes),
     )
-    log = Path(tempfile.gettempdir()) / f"fastlora-vllm-{os.getpid()}.log"
-    process = EngineProcess(
+    return EngineProcess(
         flags,
         log=log,
         start_timeout=vllm.start_timeout,
         request_timeout=vllm.request_timeout,
         device=None if card is None else card.index,
         scratch=scratch,
+        socket=socket,
     )
-    return [OwnEngine(process, sleeps=sleeps(config, on_cpu=card is None))]
 
 
 def canary_prompts(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:

@@ -3,8 +3,8 @@
     tokens of segment [first, end) with adapter slot i      y += (x A_iᵀ) B_iᵀ      i = −1: nothing
 
 vLLM 0.32 gathers A [tokens, r, d] and B [tokens, n, r], padded to max_lora_rank, for every projection, and adds the *last* slot's
-adapter to tokens of the base model (index −1) that share a batch with adapter tokens. Here index −1 is left alone, and x is multiplied by
-the stacked A of a projection's slices at once. Applied by FastloraWorker on CPU only; GPUs have their own kernels.
+adapter to tokens of the base model (index −1) that share a batch with adapter tokens. Here index −1 is left alone. Applied by
+FastloraWorker on CPU only; GPUs have their own kernels.
 """
 
 from __future__ import annotations

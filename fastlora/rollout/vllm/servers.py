@@ -1,4 +1,4 @@
-"""The two kinds of server behind one face: an engine of our own, and a vLLM that somebody else runs."""
+"""Kinds of server behind one face: an engine of our own, and a vLLM that somebody else runs (one that runs share: shared.py)."""
 
 from __future__ import annotations
 
@@ -187,11 +187,9 @@ class ForeignServer(Server):
 
     exact = False
 
-    def __init__(self, url: str, api_key: str | None, *, request_timeout: float, needed_length: int) -> None:
+    def __init__(self, client: VllmClient, *, needed_length: int) -> None:
         """needed_length: tokens of the longest prompt and completion."""
-        self.name = url
-        self._client = VllmClient(url, api_key=api_key, request_timeout=request_timeout)
-        self._needed_length = needed_length
+        self.name, self._client, self._needed_length = client.where, client, needed_length
 
     @property
     def client(self) -> VllmClient:

@@ -69,6 +69,12 @@ class FastloraWorker(WeightUpdateWorker):
                     found[name] = [checksum(a_rd[:rank]), checksum(b_nr[:, :rank])]
         return found
 
+    def fastlora_forget(self, adapter: str) -> None:
+        """Frees the slot of an adapter now, if it has one, instead of when the next adapter needs it."""
+        number = self.fastlora_ids.pop(adapter, None)
+        if number is not None:
+            self.model_runner.lora_manager.remove_adapter(number)
+
     def fastlora_adapters(self) -> dict[str, Any]:
         """Numbers of the adapters in slots and in the cache, the names that are remembered, and this process's resident bytes."""
         import psutil

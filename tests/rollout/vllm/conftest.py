@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.vllm.engines import SharedEngine, engine_process, write_model
+from tests.rollout.vllm.engines import KeptEngine, engine_process, write_model
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,10 +31,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEngine]:
+def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptEngine]:
     """Running."""
     process = engine_process(model_folder, tmp_path_factory.mktemp("engine") / "engine.log")
-    shared = SharedEngine(process)
+    shared = KeptEngine(process)
     shared.start()
     yield shared
     process.stop()

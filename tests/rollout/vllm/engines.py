@@ -17,6 +17,7 @@ from fastlora.model import BaseModel, wrap_model
 from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.vllm.build import canary_prompts
 from fastlora.rollout.vllm.canary import Canary
+from fastlora.rollout.vllm.memory import EngineLoad
 from fastlora.rollout.vllm.policy import AdapterSource, Policy
 from fastlora.rollout.vllm.process import EngineProcess, engine_flags, memory_folder
 from fastlora.rollout.vllm.sampler import VllmSampler
@@ -73,23 +74,26 @@ def move(adapter: PackedAdapter, seed: int, strength: float = 0.1) -> None:
             b_rn.copy_(strength * torch.randn(b_rn.shape, generator=generator))
 
 
-def engine_process(model: Path, log: Path, *, dtype: str = "float32", request_timeout: float = 60.0, **changes: Any) -> EngineProcess:
+MEMORY = ("--kv-cache-memory-bytes", str(64 << 20))
+
+
+def engine_process(
+    model: Path,
+    log: Path,
+    *,
+    dtype: str = "float32",
+    request_timeout: float = 60.0,
+    max_lora_rank: int = 32,
+    memory: Sequence[str] = MEMORY,
+    socket: Path | None = None,
+) -> EngineProcess:
     """An engine that is not started yet."""
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "revision": None,
-        "dtype": dtype,
-        "max_model_len": LENGTH,
-        "max_num_seqs": 32,
-        "max_lora_rank": 32,
-        "max_loras": 2,
-        "on_cpu": True,
-        "memory": ["--kv-cache-memory-bytes", str(64 << 20)],
-    }
-    return EngineProcess(engine_flags(**settings | changes), log=log, start_timeout=200, request_timeout=request_timeout)
+    load = EngineLoad(sequences=32, longest=LENGTH, max_lora_rank=max_lora_rank, max_loras=2, sleeps=False)
+    flags = engine_flags(model=str(model), revision=None, dtype=dtype, load=load, on_cpu=True, memory=memory)
+    return EngineProcess(flags, log=log, start_timeout=200, request_timeout=request_timeout, socket=socket)
 
 
-class SharedEngine(OwnEngine):
+class KeptEngine(OwnEngine):
     """Stays up when a sampler ends."""
 
     def start(self) -> None:

@@ -24,7 +24,7 @@ from fastlora.rollout.vllm.policy import AdapterPayload, Policy
 from tests.rollout.vllm.engines import (
     EXAMPLES,
     PARAMS,
-    SharedEngine,
+    KeptEngine,
     adapted,
     engine_process,
     move,
@@ -38,10 +38,10 @@ PLAIN = tuple(4 for _ in range(7))
 """Equal ranks: matrices of one shape, to be swapped."""
 
 
-class FaultyEngine(SharedEngine):
+class FaultyEngine(KeptEngine):
     """Loads something else than it is told to, from version 2 on."""
 
-    def __init__(self, engine: SharedEngine, fault: Callable[[FaultyEngine, Policy], None], *, exact: bool) -> None:
+    def __init__(self, engine: KeptEngine, fault: Callable[[FaultyEngine, Policy], None], *, exact: bool) -> None:
         super().__init__(engine._process)
         self.fault, self.exact = fault, exact
         self.first: Policy | None = None
@@ -147,7 +147,7 @@ def model_and_adapter() -> tuple[BaseModel, PackedAdapter]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_checksums_name_the_modules(fault, engine: SharedEngine, model_and_adapter) -> None:
+def test_checksums_name_the_modules(fault, engine: KeptEngine, model_and_adapter) -> None:
     with pytest.raises(CanaryError, match=r"other weights than version 2 .* modules: model\.layers\.\d+\.\S+: ") as caught:
         two_versions(FaultyEngine(engine, fault, exact=True), *model_and_adapter)
     if fault is q_and_k_swapped:
@@ -156,18 +156,18 @@ def test_checksums_name_the_modules(fault, engine: SharedEngine, model_and_adapt
 
 
 @pytest.mark.parametrize("fault", FAULTS + IN_REQUESTS, ids=lambda fault: fault.__name__)
-def test_log_probabilities_show_it(fault, engine: SharedEngine, model_and_adapter) -> None:
+def test_log_probabilities_show_it(fault, engine: KeptEngine, model_and_adapter) -> None:
     with pytest.raises(CanaryError, match=r"does not sample from version 2: .* differ from the trainer's by up to [\d.e-]+ nats"):
         two_versions(FaultyEngine(engine, fault, exact=False), *model_and_adapter)
 
 
 @pytest.mark.parametrize("fault", IN_REQUESTS, ids=lambda fault: fault.__name__)
-def test_requests_for_another_policy_are_seen_where_the_weights_are_right(fault, engine: SharedEngine, model_and_adapter) -> None:
+def test_requests_for_another_policy_are_seen_where_the_weights_are_right(fault, engine: KeptEngine, model_and_adapter) -> None:
     with pytest.raises(CanaryError, match="does not sample from version 2"):
         two_versions(FaultyEngine(engine, fault, exact=True), *model_and_adapter)
 
 
-def test_without_a_fault_nothing_is_seen(engine: SharedEngine, model_and_adapter) -> None:
+def test_without_a_fault_nothing_is_seen(engine: KeptEngine, model_and_adapter) -> None:
     def loads(faulty: FaultyEngine, policy: Policy) -> None:
         super(FaultyEngine, faulty).load(policy)
 
@@ -175,7 +175,7 @@ def test_without_a_fault_nothing_is_seen(engine: SharedEngine, model_and_adapter
     two_versions(FaultyEngine(engine, loads, exact=False), *(model := tiny_model(), adapted(model, seed=1)))
 
 
-def test_a_stale_prefix_cache_is_seen(engine: SharedEngine, model_and_adapter, tmp_path: Path) -> None:
+def test_a_stale_prefix_cache_is_seen(engine: KeptEngine, model_and_adapter, tmp_path: Path) -> None:
     """Replaced under its old name, number and path, as vLLM's load_inplace does it: it answers from the cache of the old weights."""
 
     def under_the_old_name(faulty: FaultyEngine, policy: Policy) -> None:
@@ -201,7 +201,7 @@ def test_a_stale_prefix_cache_is_seen(engine: SharedEngine, model_and_adapter, t
 
 
 @pytest.mark.parametrize("files", ["shared memory", "PEFT files"])
-def test_a_truncated_adapter_is_refused_and_the_engine_lives(files: str, engine: SharedEngine, model_and_adapter) -> None:
+def test_a_truncated_adapter_is_refused_and_the_engine_lives(files: str, engine: KeptEngine, model_and_adapter) -> None:
     """A refusal is retried (with the same broken files here), bounded, and then an error."""
 
     def truncated(faulty: FaultyEngine, policy: Policy) -> None:
@@ -231,13 +231,13 @@ def bf16_engine(tmp_path_factory: pytest.TempPathFactory):
     process = engine_process(
         write_model(tmp_path_factory.mktemp("tiny-bf16"), torch.bfloat16), tmp_path_factory.mktemp("bf16") / "engine.log", dtype="bfloat16"
     )
-    shared = SharedEngine(process)
+    shared = KeptEngine(process)
     shared.start()
     yield shared
     process.stop()
 
 
-def test_in_bfloat16_a_small_step_is_undecidable_by_score_and_caught_by_checksum(bf16_engine: SharedEngine) -> None:
+def test_in_bfloat16_a_small_step_is_undecidable_by_score_and_caught_by_checksum(bf16_engine: KeptEngine) -> None:
     """One optimizer step at 1e-5 moves log-probabilities by far less than bfloat16 explains."""
 
     def small_step(adapter: PackedAdapter) -> None:
@@ -289,7 +289,7 @@ def test_the_tolerance_comes_from_the_base_models_gap() -> None:
             verdict(canary, bad, moved_from=moved, exact=True)
 
 
-def test_another_base_model_is_refused(engine: SharedEngine) -> None:
+def test_another_base_model_is_refused(engine: KeptEngine) -> None:
     """The same shapes and vocabulary, other weights: a gap that is no precision's, or the tolerance would swallow everything."""
     model = tiny_model()
     with torch.no_grad():

@@ -24,7 +24,7 @@ from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineStartError
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine
 from fastlora.types import Rollout
-from tests.rollout.vllm.engines import EXAMPLES, LENGTH, PARAMS, SharedEngine, adapted, engine_process, sampler_on, tiny_model
+from tests.rollout.vllm.engines import EXAMPLES, LENGTH, PARAMS, KeptEngine, adapted, engine_process, sampler_on, tiny_model
 
 LONG = dataclasses.replace(PARAMS, max_completion_length=64)
 
@@ -52,7 +52,7 @@ def fresh_engine(model_folder: Path, tmp_path: Path) -> Iterator[OwnEngine]:
     engine.stop()
 
 
-def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: SharedEngine) -> None:
+def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: KeptEngine) -> None:
     """One engine, three deaths: SIGKILL in mid-batch and SIGSTOP are survived, with the same samples; a file that is gone is not."""
     model = tiny_model()
     adapter = adapted(model)
@@ -82,10 +82,10 @@ def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: Sh
         assert gone(last)
 
 
-def test_leaving_in_mid_rollout_starts_nothing_again(engine: SharedEngine) -> None:
+def test_leaving_in_mid_rollout_starts_nothing_again(engine: KeptEngine) -> None:
     """A second Ctrl-C: the engine ends, and the rollout in flight must neither be waited for nor be tried again on a new one."""
 
-    class Ended(SharedEngine):
+    class Ended(KeptEngine):
         """Not really: the tests after this one need it."""
 
         ended = False
@@ -209,13 +209,13 @@ class _Forward(BaseHTTPRequestHandler):
 
 
 def foreign(proxy: FlakyProxy) -> ForeignServer:
-    return ForeignServer(proxy.url, None, request_timeout=60.0, needed_length=LENGTH)
+    return ForeignServer(VllmClient(proxy.url, request_timeout=60.0), needed_length=LENGTH)
 
 
 MANY = tuple(dataclasses.replace(example, index=i) for i, example in enumerate(EXAMPLES * 4))
 
 
-def test_http_500_in_mid_batch_loses_nothing(engine: SharedEngine) -> None:
+def test_http_500_in_mid_batch_loses_nothing(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     with sampler_on(engine, model, adapter) as undisturbed:
@@ -229,7 +229,7 @@ def test_http_500_in_mid_batch_loses_nothing(engine: SharedEngine) -> None:
     proxy.shutdown()
 
 
-def test_half_of_the_servers_gone(engine: SharedEngine) -> None:
+def test_half_of_the_servers_gone(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     proxies = [FlakyProxy(engine, every=10**9) for _ in range(2)]
@@ -252,10 +252,10 @@ def test_half_of_the_servers_gone(engine: SharedEngine) -> None:
         proxy.shutdown()
 
 
-def test_a_refused_load_is_tried_again(engine: SharedEngine) -> None:
+def test_a_refused_load_is_tried_again(engine: KeptEngine) -> None:
     """A server that refuses once: the same adapter, written again, is loaded at the second attempt."""
 
-    class Refusing(SharedEngine):
+    class Refusing(KeptEngine):
         refusals = 1
 
         def load(self, policy: Policy) -> None:

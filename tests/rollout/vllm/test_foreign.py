@@ -47,7 +47,7 @@ def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def foreign(url: str, key: str | None = KEY, needed_length: int = LENGTH) -> ForeignServer:
-    return ForeignServer(url, key, request_timeout=60.0, needed_length=needed_length)
+    return ForeignServer(VllmClient(url, api_key=key, request_timeout=60.0), needed_length=needed_length)
 
 
 def test_rollouts_of_a_plain_server_are_the_trainers(url: str) -> None:

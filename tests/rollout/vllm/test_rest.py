@@ -6,18 +6,18 @@ from __future__ import annotations
 import torch
 
 from tests import tolerances
-from tests.rollout.vllm.engines import EXAMPLES, PARAMS, SharedEngine, adapted, move, sampler_on, tiny_model
+from tests.rollout.vllm.engines import EXAMPLES, PARAMS, KeptEngine, adapted, move, sampler_on, tiny_model
 from tests.rollout.vllm.test_sampler import gap
 
 
-def asleep(engine: SharedEngine) -> bool:
+def asleep(engine: KeptEngine) -> bool:
     return engine.client.call("GET", "/is_sleeping").json()["is_sleeping"]
 
 
-def test_the_same_samples_with_and_without_sleep(engine: SharedEngine) -> None:
+def test_the_same_samples_with_and_without_sleep(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
-    resting = SharedEngine(engine._process, sleeps=True)
+    resting = KeptEngine(engine._process, sleeps=True)
     with sampler_on(engine, model, adapter) as sampler:
         awake = sampler.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)
     with sampler_on(resting, model, adapter) as sampler:

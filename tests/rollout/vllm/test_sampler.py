@@ -15,7 +15,7 @@ from fastlora.rollout.sampler import SamplerError
 from fastlora.rollout.torch import TorchSampler
 from fastlora.types import Rollout
 from tests import tolerances
-from tests.rollout.vllm.engines import EXAMPLES, PARAMS, SharedEngine, adapted, move, sampler_on, specs, tiny_model
+from tests.rollout.vllm.engines import EXAMPLES, PARAMS, KeptEngine, adapted, move, sampler_on, specs, tiny_model
 
 MODEL = tiny_model()
 SHAPES = shapes(projections(MODEL.module))
@@ -50,7 +50,7 @@ def gap(model, rollout: Rollout, temperature: float) -> float:
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_log_probabilities_are_the_trainers(case: str, engine: SharedEngine) -> None:
+def test_log_probabilities_are_the_trainers(case: str, engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model, ADAPTERS[case])
     with sampler_on(engine, model, adapter) as sampler:
@@ -63,7 +63,7 @@ def test_log_probabilities_are_the_trainers(case: str, engine: SharedEngine) -> 
 
 
 @pytest.mark.parametrize(("case", "strength"), [("B = 0", 0.0), ("no module has a rank", 1.0)])
-def test_adapters_that_do_nothing(case: str, strength: float, engine: SharedEngine) -> None:
+def test_adapters_that_do_nothing(case: str, strength: float, engine: KeptEngine) -> None:
     model = tiny_model()
     module_specs = specs(SHAPES, ranks=(0,)) if case == "no module has a rank" else None
     adapter = adapted(model, module_specs, strength=strength)
@@ -72,7 +72,7 @@ def test_adapters_that_do_nothing(case: str, strength: float, engine: SharedEngi
     assert gap(model, rollout, PARAMS.temperature) <= tolerances.SAMPLER_LOGP_FP32
 
 
-def test_every_step_is_swapped_in_and_old_ones_go(engine: SharedEngine) -> None:
+def test_every_step_is_swapped_in_and_old_ones_go(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     with sampler_on(engine, model, adapter) as sampler:
@@ -89,7 +89,7 @@ def test_every_step_is_swapped_in_and_old_ones_go(engine: SharedEngine) -> None:
     assert not sampler._folder.exists()
 
 
-def test_seeds_repeat_and_differ(engine: SharedEngine) -> None:
+def test_seeds_repeat_and_differ(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     same = (EXAMPLES[0], EXAMPLES[0])
@@ -100,7 +100,7 @@ def test_seeds_repeat_and_differ(engine: SharedEngine) -> None:
     assert len({*first.texts, *other.texts}) == 12, "samples of a group, of two equal prompts and of two seeds are all different"
 
 
-def test_greedy_is_the_torch_samplers(engine: SharedEngine) -> None:
+def test_greedy_is_the_torch_samplers(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     greedy = dataclasses.replace(PARAMS, num_generations=1, temperature=0.0)
@@ -114,7 +114,7 @@ def test_greedy_is_the_torch_samplers(engine: SharedEngine) -> None:
     assert float((ours.sampler_logp_nt - truth.sampler_logp_nt).abs().max()) <= tolerances.SAMPLER_LOGP_FP32
 
 
-def test_eos_and_stop_strings_end_a_completion_and_stay_in_it(engine: SharedEngine) -> None:
+def test_eos_and_stop_strings_end_a_completion_and_stay_in_it(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     many = dataclasses.replace(PARAMS, num_generations=16, max_completion_length=64, stop=("e",))
@@ -128,7 +128,7 @@ def test_eos_and_stop_strings_end_a_completion_and_stay_in_it(engine: SharedEngi
     assert all("e" not in text[:-1] for text in rollout.texts)
 
 
-def test_nucleus_log_probabilities_are_renormalised(engine: SharedEngine) -> None:
+def test_nucleus_log_probabilities_are_renormalised(engine: KeptEngine) -> None:
     """The probabilities of one prompt's first tokens sum to 1 inside the nucleus: log π − log Σ_nucleus."""
     model = tiny_model()
     adapter = adapted(model)
@@ -139,7 +139,7 @@ def test_nucleus_log_probabilities_are_renormalised(engine: SharedEngine) -> Non
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_trainer_renormalises_as_the_engine_does(engine: SharedEngine) -> None:
+def test_the_trainer_renormalises_as_the_engine_does(engine: KeptEngine) -> None:
     """At top-p .9 the full softmax is off by −log .9 and more; over the trainer's own nucleus the two sides agree but at a boundary."""
     model = tiny_model()
     adapter = adapted(model)
@@ -153,7 +153,7 @@ def test_the_trainer_renormalises_as_the_engine_does(engine: SharedEngine) -> No
     assert float((off <= tolerances.SAMPLER_LOGP_FP32).float().mean()) >= 0.999
 
 
-def test_a_changed_adapter_under_an_old_version_is_refused(engine: SharedEngine) -> None:
+def test_a_changed_adapter_under_an_old_version_is_refused(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model)
     with sampler_on(engine, model, adapter) as sampler:
@@ -163,7 +163,7 @@ def test_a_changed_adapter_under_an_old_version_is_refused(engine: SharedEngine)
             sampler.sample(EXAMPLES[:1], PARAMS, seed=1, adapter_version=1)
 
 
-def test_a_rollout_in_flight_finishes_on_its_version(engine: SharedEngine) -> None:
+def test_a_rollout_in_flight_finishes_on_its_version(engine: KeptEngine) -> None:
     model = tiny_model()
     adapter = adapted(model, seed=1)
     long = dataclasses.replace(PARAMS, max_completion_length=64)

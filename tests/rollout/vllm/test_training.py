@@ -14,14 +14,14 @@ from fastlora.objectives import PolicyObjective
 from fastlora.rollout.vllm import build
 from fastlora.rollout.vllm.weight_files import send_weights, write_weights
 from tests import tolerances
-from tests.rollout.vllm.engines import SharedEngine, tiny_model
+from tests.rollout.vllm.engines import KeptEngine, tiny_model
 from tests.trainer.runs import adapter_tensors, run, write_config
 
 AHEAD = {"vllm.staleness": "1", "loss.sampler_correction": '"token_truncate"'}
 
 
 @pytest.fixture
-def shared(engine: SharedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(engine: KeptEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs use the engine that is there instead of starting their own."""
     monkeypatch.setattr(build, "_servers", lambda *_: [engine])
 
@@ -119,7 +119,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_themselves_reach_the_engine(
-    case: str, shared: None, engine: SharedEngine, model_folder: Path, tmp_path: Path, capsys
+    case: str, shared: None, engine: KeptEngine, model_folder: Path, tmp_path: Path, capsys
 ) -> None:
     """Full fine-tuning and merged copies: what was sampled has the trainer's log-probabilities at every step. Last, the base goes back."""
     base = engine.client.worker("fastlora_weight_checksums")

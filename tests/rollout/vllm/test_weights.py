@@ -99,7 +99,7 @@ WEIGHT_FLAGS = ("--worker-extension-cls", "tests.rollout.vllm.planting.PlantingW
 """The last one counts."""
 
 
-def _start(folder: Path, family: str, dtype: torch.dtype, max_lora_rank: int | None) -> Iterator[Engine]:
+def _start(folder: Path, family: str, dtype: torch.dtype, max_lora_rank: int) -> Iterator[Engine]:
     _model(family, 0, dtype).save_pretrained(folder / "model")
     make_tiny_tokenizer().save_pretrained(folder / "model")
     name = str(dtype).removeprefix("torch.")
@@ -307,7 +307,7 @@ def test_bad_files_are_refused_by_name_and_change_nothing(engine: Engine, fault:
 @pytest.fixture(scope="module")
 def bf16_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """bfloat16, no LoRA, a head of its own."""
-    yield from _start(tmp_path_factory.mktemp("bf16"), "llama", torch.bfloat16, max_lora_rank=None)
+    yield from _start(tmp_path_factory.mktemp("bf16"), "llama", torch.bfloat16, max_lora_rank=0)
 
 
 def test_bfloat16(bf16_engine: Engine) -> None:
