@@ -73,7 +73,10 @@ def build(config: RunConfig, console: Console, ranks: Mapping[str, int] | None =
     if config.objective == "sft":
         objective = SupervisedObjective(config, model, train_examples)
     else:
-        objective = PolicyObjective(config, model, adapter, _training_sampler(config, sampler, model.device), rewards, train_examples)
+        # Full fine-tuning overwrites the base weights: loss.beta needs them a second time.
+        reference = prepared_model(config) if config.method == "full" and config.loss.beta > 0 else None
+        live = _training_sampler(config, sampler, model.device)
+        objective = PolicyObjective(config, model, adapter, live, rewards, train_examples, reference)
     if config.trainer.gradient_checkpointing:
         recompute_activations(model)
     optimizer = AdamW(flat, config.optim)

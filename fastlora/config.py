@@ -500,11 +500,6 @@ def _impossibilities(c: RunConfig) -> list[str]:
             c.method == "full" and c.model.quantization != "none",
             "method = 'full' trains every weight, and 4-bit weights cannot be trained; set model.quantization = 'none'",
         ),
-        (
-            c.method == "full" and c.loss.beta > 0,
-            "loss.beta > 0 needs a reference policy; with method = 'full' the base weights are overwritten. "
-            "Use method = 'lora' or beta = 0",
-        ),
     ]
     return [message for bad, message in checks if bad]
 

@@ -238,6 +238,8 @@ def plan_memory(config: RunConfig, model: PreTrainedModel, batch: LargestBatch, 
         ]
         if config.method == "lora":
             resident.append(("base weights", _base_bytes(config, model)))
+        elif config.loss.beta > 0:
+            resident.append(("weights of the reference policy", _base_bytes(config, model)))
         file_width = FILE_WIDTH[config.model.name in PACKAGED_MODELS]
         loading = libraries + base * (w + (file_width if file_width != w else 0))
     on_cpu = select_device(config.model).type == "cpu"

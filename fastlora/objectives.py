@@ -87,8 +87,10 @@ class PolicyObjective:
         sampler: Sampler,
         reward: Callable[[Rollout], Rewarded],
         examples: Sequence[Example],
+        reference: BaseModel | None = None,
     ) -> None:
-        self._config, self._model, self._adapter = config, model, adapter
+        """reference: the policy that loss.beta holds on to; None = `model` without its adapter, where one stands on it."""
+        self._config, self._model, self._adapter, self._reference = config, model, adapter, reference or model
         self._reward, self._examples = reward, examples
         self._own_loss: OwnLoss | None = load_function(config.loss.function, "loss.function") if config.loss.function else None
         ahead = config.vllm.staleness > 0
@@ -135,16 +137,16 @@ class PolicyObjective:
         c = self._config
         micro_batches = c.steps_per_generation * c.trainer.num_iterations
         stale = c.trainer.gradient_accumulation_steps % micro_batches != 0
-        old = self._score(batch) if stale else None
+        old = self._score(self._model, batch) if stale else None
         if c.loss.beta == 0:
             return with_policies(batch, old, None)
         with self._adapter.disabled() if self._adapter else nullcontext():
-            return with_policies(batch, old, self._score(batch))
+            return with_policies(batch, old, self._score(self._reference, batch))
 
-    def _score(self, batch: TrainBatch) -> Tensor:
+    def _score(self, model: BaseModel, batch: TrainBatch) -> Tensor:
         c = self._config
         how = (c.steps_per_generation, c.rollout.temperature, c.trainer.implementation, c.scoring_top_p)
-        return score_in_parts(self._model.module, batch, *how)
+        return score_in_parts(model.module, batch, *how)
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See Objective."""

@@ -204,7 +204,6 @@ IMPOSSIBLE: dict[str, tuple[str, str]] = {
     "full with reallocation": ("method = 'full'\n[reallocation]\nevery = 1", "method = 'full' has no ranks"),
     "reallocation under a mask": ("[reallocation]\nevery = 1\n[lora]\nb_mask = 'm.safetensors'", "shrinking mixes the columns of B"),
     "reallocation of a frozen A": ("[reallocation]\nevery = 1\n[lora]\nfreeze_a = true", "a frozen A stays as it was drawn"),
-    "full with a reference": ("method = 'full'\n[loss]\nbeta = 0.1", "loss.beta > 0 needs a reference policy"),
     "full with rank components": ("method = 'full'\n[log]\nrank_components = true", "method = 'full' has no rank components"),
     "alarms without a policy": ("objective = 'sft'\n[alarms.entropy]\nthreshold = 0.1", r"\[alarms\] watches the policy"),
     "mismatch with oneself": ("[alarms.mismatch]\nthreshold = 0.1", "alarms.mismatch watches a sampler that is not the trainer"),

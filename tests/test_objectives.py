@@ -183,6 +183,21 @@ def test_the_reference_policy_is_the_adapter_off(model: BaseModel) -> None:
     assert float(objective.loss(batch)[1]["kl"]) > 0
 
 
+def test_the_reference_policy_of_full_fine_tuning_stands_still(model: BaseModel) -> None:
+    """Every weight moves, the reference's do not."""
+    base = make_exact_model("llama")
+    reference = wrap_model(make_exact_model("llama"), model.tokenizer, "tiny")
+    objective = PolicyObjective(_config(loss={"beta": 0.1}), model, None, TorchSampler(model, 64), _reward, EXAMPLES, reference)
+    with torch.no_grad():
+        for weight in model.module.parameters():
+            weight.mul_(1.05)
+    batch = objective.collect(1, 0, _no_timer).batch
+    expected, _ = score_one_by_one(base, batch, 0.7)
+    current, _ = score_one_by_one(model.module, batch, 0.7)
+    assert batch.ref_logp_nt is not None and not batch.ref_logp_nt.requires_grad
+    assert float((batch.ref_logp_nt - expected.detach()).abs().max()) < FP64_EXACT < float((current - expected).detach().abs().max())
+
+
 def test_truncated_completions_do_not_train_when_masked(model: BaseModel) -> None:
     objective = _policy(
         _config(loss={"mask_truncated_completions": True}, rollout={"max_completion_length": 3}), model, attach_uneven(model.module)

@@ -86,7 +86,7 @@ class RewardDensity:
         if regime == DISTILLATION and teacher is not None:
             changes["reward.distillation.adapter"] = RunFolder(teacher).adapter
         if size == FULL:
-            changes |= {"method": "full", "optim.lr": self.own.lr_full, "model.dtype": "float32", "loss.beta": 0.0}
+            changes |= {"method": "full", "optim.lr": self.own.lr_full, "model.dtype": "float32"}
         else:
             changes |= {"lora.r": size, "optim.lr": self.own.lr}
         return self.config.run_config(changes, f"{regime}, r {size}, seed {seed}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastlora.metrics import RunSummary
+from tests.tolerances import FP32_LOGPROB
 from tests.trainer.runs import adapter_tensors, run, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,6 +133,14 @@ def test_full_fine_tuning_trains_every_weight(tmp_path: Path) -> None:
     assert (folder / "model" / "model.safetensors").exists() and not (folder / "adapter").exists()
     summary = RunSummary.read(folder)
     assert summary.rank_pattern == {} and summary.trainable_parameters > 50_000
+
+
+def test_full_fine_tuning_holds_on_to_where_it_began(tmp_path: Path) -> None:
+    """KL to the reference policy: 0 before the first update, more after every one."""
+    changes = {"method": '"full"', "lora.rank_pattern": "{}", "optim.lr": "1e-2", "loss.beta": "0.1"}
+    assert run(write_config(tmp_path, **changes), "--name", "full") == 0
+    kl = [row["kl"] for row in rows(tmp_path / "runs" / "full")]
+    assert abs(kl[0]) < FP32_LOGPROB < kl[1]
 
 
 def test_run_that_does_not_learn_fails_visibly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
