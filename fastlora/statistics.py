@@ -349,7 +349,7 @@ def items_for_seeds(
     for_items = allowed - components.seeds / num_seeds
     if for_items <= 0:
         fewest = floor(components.seeds / allowed) + 1
-        raise ValueError(f"no number of items finds a gap of {difference} with {num_seeds} seeds: at least {fewest} seeds are needed")
+        raise ValueError(f"no number of items finds a gap of {difference:+.3f} with {num_seeds} seeds: at least {fewest} seeds are needed")
     return Design(difference, num_seeds, max(1, ceil((components.items + components.rest / num_seeds) / for_items)), power, alpha)
 
 

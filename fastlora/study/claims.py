@@ -186,9 +186,13 @@ def accuracy_claim(text: str, decision: Decision, sample: Sample, *, source: str
 
 
 def conclusions(claims: Sequence[Claim]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a reader may conclude (the decided claims, each with its verdict), and what not (the undecided ones, with their numbers)."""
+    """What a reader may conclude (the decided claims, each with its verdict), and what not (the undecided ones; those about accuracy in one
+    sentence, their numbers stand in the verdicts)."""
     may = tuple(f"{claim.verdict.capitalize()}: {claim.text} ({claim.measured})" for claim in claims if claim.verdict != "undecided")
-    may_not = tuple(f"Undecided: {claim.text} ({claim.measured})" for claim in claims if claim.verdict == "undecided")
+    undecided = [claim for claim in claims if claim.verdict == "undecided"]
+    may_not = tuple(f"Undecided: {claim.text} ({claim.measured})" for claim in undecided if claim.kind != "accuracy")
+    if accuracy := [claim.text for claim in undecided if claim.kind == "accuracy"]:
+        may_not += (f"Undecided about accuracy, {_count(len(accuracy), 'claim')}: {'; '.join(accuracy)}",)
     return may, may_not
 
 

@@ -38,5 +38,5 @@ def setting(study: StudyConfig, command: str, cells: Iterable[CellResult]) -> Ma
         "seeds": ", ".join(map(str, study.seeds)),
         "scale": f"{run.model.name} on {run.data.source}, {run.model.dtype}",
         "steps": f"{run.trainer.steps} of {run.rollout.num_prompts} prompts × {run.rollout.num_generations} completions",
-        "training time": f"{minutes:.0f} minutes in all",
+        "training time": f"{minutes:.1f} minutes in all",
     }

@@ -188,6 +188,11 @@ def test_conclusions_are_the_verdicts(verdicts: list[Verdict]) -> None:
     assert may_not == tuple(f"Undecided: claim {i} (m{i})" for i, v in enumerate(verdicts) if v == "undecided")
 
 
+def test_undecided_accuracy_is_one_sentence() -> None:
+    claims = [Claim(f"claim {i}", "s", "p", f"m{i}", "t", "undecided", kind) for i, kind in enumerate(("accuracy", "mechanism", "accuracy"))]
+    assert conclusions(claims) == ((), ("Undecided: claim 1 (m1)", "Undecided about accuracy, 2 claims: claim 0; claim 2"))
+
+
 def test_numbers_in_print() -> None:
     assert by_interval(Estimate(-0.0321, -0.05, 1234.56), above(0), "x").measured == "−0.0321 [−0.05, 1,234.6]"
     assert DECIDED.claim("a", source="b", published="c") == Claim("a", "b", "c", DECIDED.measured, DECIDED.test, "supported", "mechanism")
