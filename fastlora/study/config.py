@@ -127,6 +127,8 @@ class LayerSelectionConfig(Section):
     """Probe batches."""
     batch_size: Positive = 1
     """Examples in a probe batch."""
+    repeats: NonNegative = 0
+    """More probes, of other batches, which only tell how stable the scores are: that needs three probes, the seeds' own included."""
     attention_rank: Rank = 16
     """Rank of q, k, v and o in an adapted layer."""
     mlp_rank: Rank = 16

@@ -78,7 +78,8 @@ def test_cells_of_other_ranks_share_one_engine_that_dies_once(ray: ModuleType, t
     for folder in folders.values():
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3]
-        assert all(row["sampler/canary_max_abs"] <= row["sampler/canary_tolerance"] for row in rows)
+        # The first step's version was published for the evaluation before it.
+        assert all(row["sampler/canary_max_abs"] <= row["sampler/canary_tolerance"] for row in rows[1:])
         assert json.loads((folder / "finished.json").read_text())["attempts"] == 1
         assert not re.search("starting vLLM's engine", (folder / "log.txt").read_text()), "it has started one of its own"
     assert {process.pid for process in engines()} <= before
