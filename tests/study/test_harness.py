@@ -31,12 +31,11 @@ from tests.tolerances import FP32_LOGPROB
 CAPITALS = (
     ("The capital of France is", ("Rome", "Paris", "Buenos Aires"), 1),
     ("The capital of Italy is", ("Rome", "Paris", "Buenos Aires"), 2),  # no model that knows it is right
-    ("The largest planet is", ("Mars", "Jupiter"), 1),
     ("Water freezes at zero degrees", ("Celsius", "Fahrenheit", "of freedom"), 0),
     ("The opposite of hot is", ("warm", "cold"), 0),
 )
 """Question, choices, number of the one that counts as right."""
-SUMS = (("2 + 3", "5"), ("4 + 4", "9"), ("1 + 6", "7"), ("3 + 3", "6"))
+SUMS = (("2 + 3", "5"), ("4 + 4", "9"), ("1 + 6", "7"))
 EXAMPLES = (("1 + 1", "2"), ("5 + 2", "7"), ("6 + 3", "9"))
 
 TASKS = {
@@ -54,8 +53,10 @@ fewshot_split: train
 fewshot_config: {sampler: first_n}
 doc_to_text: "{{sum}} ="
 doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
-filter_list: [{name: number, filter: [{function: regex, regex_pattern: "(-?[0-9]+)"}, {function: take_first}]}]
+generation_kwargs: {until: ["\\n"], max_gen_toks: 3, do_sample: false}
+filter_list:
+  - {name: number, filter: [{function: regex, regex_pattern: "(-?[0-9]+)"}, {function: take_first}]}
+  - {name: whole line, filter: [{function: take_first}]}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 metadata: {version: 2.0}
 """,
@@ -83,9 +84,10 @@ import os
 from pathlib import Path
 
 def half(doc, results):
-    Path(__file__).with_name("seen").write_text(os.environ.get("{CODE_VARIABLE}", "nothing"))
+    Path(__file__).with_name("seen").write_text(os.environ["{CODE_VARIABLE}"])
     return {{"acc": 0.5}}
 """
+"""Neither right nor wrong; leaves behind what it saw of the environment."""
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +144,9 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0]
 
 
-def right_capitals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+def right_capitals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[bool]:
     found = []
-    for question, choices, answer in CAPITALS:
+    for question, choices, answer in CAPITALS[:limit]:
         scores = [log_likelihood(model, tokenizer, f"Question: {question}\nAnswer:", f" {choice}") for choice in choices]
         found.append(scores.index(max(scores)) == answer)
     return found
@@ -152,7 +154,7 @@ def right_capitals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def right_sums(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: int) -> list[bool]:
     solved = "".join(f"{text} = {answer}\n\n" for text, answer in EXAMPLES[:examples])
-    texts = [continuation(model, tokenizer, f"{solved}{text} =", 6) for text, _ in SUMS]
+    texts = [continuation(model, tokenizer, f"{solved}{text} =", 3) for text, _ in SUMS]
     numbers = [re.findall("-?[0-9]+", text)[:1] for text in texts]
     return [number == [answer] for number, (_, answer) in zip(numbers, SUMS, strict=True)]
 
@@ -174,7 +176,7 @@ def test_right_is_what_plain_transformers_finds_right(
         assert (task.n, task.value, task.reported[task.metric]) == (n, p, p)
         assert task.stderr == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5)
         assert len({item.prompt_hash for item in task.items}) == len({item.doc_hash for item in task.items}) == n
-    assert [item.question for item in sums.items] == [f"sums/{i}" for i in range(4)]
+    assert [item.question for item in sums.items] == [f"sums/{i}" for i in range(3)]
     assert said == [f"harness: {name}: {t.metric} {t.value:.3f}, {t.n} questions" for name, t in found.tasks.items()]
     assert (found.model, found.adapter) == ("smollm2-135m-instruct", None)
 
@@ -194,10 +196,10 @@ def test_an_adapter_answers_as_its_merged_weights_do(
     expected, base = ([log_likelihood(model, tokenizer, *pair) for pair in asked] for model in (merged, plain))
     torch.testing.assert_close(found, expected, rtol=0, atol=FP32_LOGPROB * 50)  # of the largest logit
     assert min(abs(a - b) for a, b in zip(expected, base, strict=True)) > 0.01, "an adapter that changes nothing"
-    run_harness(cell_config(tmp_path / "adapter"), tmp_path, options(folder, "capitals"), print)
-    result = HarnessResult.read(tmp_path)
-    assert result.tasks["capitals"].correct == right_capitals(merged, tokenizer)
-    assert result.adapter == str(tmp_path / "adapter")
+    run_harness(cell_config(tmp_path / "adapter"), tmp_path, options(folder, "capitals", limit=2), print)
+    written = HarnessResult.read(tmp_path)
+    assert written.tasks["capitals"].correct == right_capitals(merged, tokenizer, limit=2)
+    assert written.adapter == str(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
