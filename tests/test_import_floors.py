@@ -100,7 +100,8 @@ ANALYSIS_CALLERS = ("fastlora.session", "fastlora.study", "train")
 
 CONFINED: dict[str, tuple[str, ...]] = {
     "trl": ("tests/parity", "bench"),
-    "peft": ("tests/parity", "bench"),
+    "peft": ("fastlora/study/harness.py", "tests/parity", "bench"),
+    "lm_eval": ("fastlora/study/harness.py", "tests/study/"),
     "math_verify": ("fastlora/rewards",),
     "vllm": ("fastlora/rollout/vllm",),
     "ray": ("fastlora/study/schedule.py", "tests/study/"),

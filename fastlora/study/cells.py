@@ -70,9 +70,11 @@ class Cell:
         return value
 
     def _hash(self, path: Path, setting: str) -> str:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
         digest = hashlib.sha256()
         for file in files:
+            if file.is_dir() or file.parent.name == "__pycache__":  # which is there once Python beside it was used
+                continue
             try:
                 status = file.stat()
                 digest.update(f"{file.relative_to(path)} {_sha256(file, status.st_size, status.st_mtime_ns)}\n".encode())

@@ -114,6 +114,40 @@ class RankAllocationConfig(Section):
     """Also a run that begins with uniform ranks and reallocates them, proportionally, every so many steps; 0 = none."""
 
 
+CODE_TASKS = ("humaneval", "mbpp")
+"""How the names of lm-eval's tasks begin that run what the model wrote. Others that do are refused when they are loaded."""
+
+
+class HarnessConfig(Section):
+    """Public benchmarks, through lm-evaluation-harness (fastlora/study/harness.py)."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of its tasks, or of groups of them ("mmlu"); () = none."""
+    num_fewshot: dict[str, NonNegative] = {}
+    """Task -> solved examples in front of every question; one that is not named here has as many as it is made for."""
+    limit: Positive | None = None
+    """Questions of every single task (a group has many), the first ones; None = all."""
+    batch_size: Positive = 8
+    """Questions answered together."""
+    include_path: Path | None = None
+    """Folder with YAML files of one's own tasks."""
+    confirm_unsafe_code: bool = False
+    """Let tasks run what the model wrote (humaneval): lm-eval gives it a time limit and no walls, it has the rights of the study."""
+
+    @model_validator(mode="after")
+    def _refuse_impossible(self) -> HarnessConfig:
+        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"tasks: {', '.join(twice)} stands there twice")
+        if others := sorted(self.num_fewshot.keys() - set(self.tasks)):
+            raise ValueError(f"num_fewshot: {', '.join(others)} is not among the tasks")
+        if (code := [name for name in self.tasks if name.startswith(CODE_TASKS)]) and not self.confirm_unsafe_code:
+            raise ValueError(
+                f"tasks: {', '.join(code)} runs code that the model writes, and nothing shuts it in. Set confirm_unsafe_code = true on a "
+                "machine where it can do no harm, or leave it out"
+            )
+        return self
+
+
 class LayerSelectionConfig(Section):
     """S2: LoRA on the layers that a short probe chose."""
 
@@ -137,6 +171,7 @@ class LayerSelectionConfig(Section):
     """What the cells train."""
     second_task: dict[str, Any] = {}
     """[data] settings of a task that is not trained, on which every adapter and the base model answer; {} = none."""
+    harness: HarnessConfig = HarnessConfig()
 
 
 class PlacementConfig(Section):

@@ -2,7 +2,8 @@
 
 Stage 1, one cell a seed: the probe (fastlora/probe.py) scores the layers of the untouched model.
 Stage 2: for every objective, selection and seed a run with adapters on the chosen layers; `all` has them on every layer.
-Stage 3, if `second_task` is given: the base model and every adapter answer the problems of another task: what was forgotten.
+Stage 3: what was forgotten. The base model and every adapter answer the problems of another task, if `second_task` gives one, and public
+benchmarks, if `harness` names any (the base model answers these in stage 1: a benchmark that cannot be run is found before the training).
 
 Time is that of the update (loss, backward, clip, step): a selection saves adapters, and the backward pass below its lowest layer. How near
 that comes to the FLOPs is measured by `python -m bench.layer_selection`, alone on the machine.
@@ -21,13 +22,14 @@ from fastlora.evaluate import Evaluation
 from fastlora.probe import PROBE_FILE, read_probe
 from fastlora.run_folder import RunFolder
 from fastlora.selection import layer_count, read_layer_scores, select_layers, selected_rank_pattern
-from fastlora.statistics import correlation, paired_test
+from fastlora.statistics import correlation, holm, paired_test
 from fastlora.study.cells import Cell
 from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, by_interval, conclusions
 from fastlora.study.comparisons import Comparison, accuracies, accuracy_table, compare_cells, comparison_table
-from fastlora.study.config import StudyConfig
+from fastlora.study.config import HarnessConfig, StudyConfig
+from fastlora.study.harness import HarnessResult
 from fastlora.study.pictures import against, intervals
-from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.report import Picture, StudyReport, Table, Value
 from fastlora.study.resampling import over_steps
 from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import adapted_modules, setting
@@ -42,6 +44,8 @@ MARGIN = 0.03
 """Three points of accuracy: a smaller gap counts as matched."""
 STABLE = 0.8
 PROBE_SEED = 42
+PUBLISHED_TASKS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
+"""lm-eval's name of a benchmark that the published study used -> how people write it."""
 
 
 class LayerSelection:
@@ -55,8 +59,11 @@ class LayerSelection:
         """Probes, runs, and what they forgot."""
         options = {"batches": self.own.batches, "batch_size": self.own.batch_size}
         folders = yield [
-            Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed})
-            for seed in self.config.seeds
+            *self._harness("base", None),
+            *(
+                Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed})
+                for seed in self.config.seeds
+            ),
         ]
         cells = [
             Cell(
@@ -67,11 +74,9 @@ class LayerSelection:
             for seed in self.config.seeds
         ]
         trained = yield cells
-        if self.own.second_task:
-            yield [
-                Cell("second task/base", self._second(None), "evaluate"),
-                *(self._forgetting(cell, trained[cell.name]) for cell in cells),
-            ]
+        adapters = {cell.name: RunFolder(trained[cell.name]).adapter for cell in cells}
+        if afterwards := [*self._second_task(adapters), *(one for name, at in adapters.items() for one in self._harness(name, at))]:
+            yield afterwards
 
     def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
         """`lora.rank_pattern` of a selection."""
@@ -84,17 +89,25 @@ class LayerSelection:
         lora = {"rank_pattern": dict(ranks), "rank_budget": None, "parameter_budget": None, **({"r": 0} if ranks else {})}
         return self.config.run_config({"seed": seed, "objective": objective, "lora": lora}, f"{objective}, seed {seed}")
 
-    def _second(self, adapter: Path | None) -> RunConfig:
-        return self.config.run_config({"data": self.own.second_task, "lora.init_from": adapter}, "layer_selection.second_task")
+    def _second_task(self, adapters: Mapping[str, Path]) -> Iterator[Cell]:
+        """The base model and the cells' adapters on `second_task`; nothing where there is none."""
+        if self.own.second_task:
+            answering: dict[str, Path | None] = {"base": None, **adapters}
+            for name, adapter in answering.items():
+                changes = {"data": self.own.second_task, "lora.init_from": adapter}
+                yield Cell(f"second task/{name}", self.config.run_config(changes, "layer_selection.second_task"), "evaluate")
 
-    def _forgetting(self, cell: Cell, folder: Path) -> Cell:
-        return Cell(f"second task/{cell.name}", self._second(RunFolder(folder).adapter), "evaluate")
+    def _harness(self, name: str, adapter: Path | None) -> Iterator[Cell]:
+        """An adapter, or the base model, on public benchmarks; nothing where none is named."""
+        if self.own.harness.tasks:
+            config = self.config.run_config({"lora.init_from": adapter}, "layer_selection.harness")
+            yield Cell(f"harness/{name}", config, "harness", self.own.harness.model_dump())
 
     def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
         """Tables, figures and verdicts of all cells."""
         probes = {name: folder for name, folder in folders.items() if name.startswith("probe/")}
-        second = {name.removeprefix("second task/"): folder for name, folder in folders.items() if name.startswith("second task/")}
-        trained = {name: folder for name, folder in folders.items() if name not in probes and not name.startswith("second task/")}
+        second, harness = _under("second task/", folders), _under("harness/", folders)
+        trained = {name: folder for name, folder in folders.items() if not name.startswith(("probe/", "second task/", "harness/"))}
         cells = by_strategy(trained)
         found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
         times = {name: self._time_ratio(cells, name) for name in cells if not name.startswith(f"{ALL}-")} if self._has_all else {}
@@ -103,11 +116,12 @@ class LayerSelection:
         tables = [accuracy_table(cells, {}), self._selection_table(cells, times), self._probe_table(probes)]
         tables += [comparison_table(found, {})] if found else []
         tables += [_forgetting_table(second)] if second else []
+        tables += [harness_table(harness)] if harness else []
         return StudyReport(
             "Layers chosen by gradient",
             "layer-selection",
             may or ("Nothing: no claim is decided.",),
-            (*may_not, "Anything about larger models or MMLU, GSM8K and HumanEval: those are the published scale's"),
+            (*may_not, not_run(self.config.base_run().model.name, self.own.harness)),
             claims,
             tuple(tables),
             self._pictures(cells, probes, times),
@@ -216,6 +230,18 @@ def named(selection: str, objective: str, seed: int) -> str:
     return f"{selection}-{objective}/seed-{seed}"
 
 
+def _under(prefix: str, folders: Mapping[str, Path]) -> dict[str, Path]:
+    return {name.removeprefix(prefix): folder for name, folder in folders.items() if name.startswith(prefix)}
+
+
+def not_run(model: str, harness: HarnessConfig) -> str:
+    """What the published study measured and this one did not."""
+    missing = [f"models larger than {model}", *(shown for task, shown in PUBLISHED_TASKS.items() if task not in harness.tasks)]
+    if harness.tasks and harness.limit:
+        missing.append(f"all of {', '.join(harness.tasks)} (the first {harness.limit} questions of each task were asked)")
+    return f"Anything about {', '.join(missing)}: the published study measured them, this one did not"
+
+
 def _forgetting_table(second: Mapping[str, Path]) -> Table:
     """Every adapter's answers to the second task against the base model's."""
     answers = {name: Evaluation.read(folder / EVALUATION_FILE) for name, folder in second.items()}
@@ -230,4 +256,31 @@ def _forgetting_table(second: Mapping[str, Path]) -> Table:
         ("cell", "base model", "with the adapter", "change", "low", "high", "McNemar's p"),
         tuple(rows),
         f"{base.accuracy.n} problems of a task that was not trained; Newcombe's interval, p not corrected.",
+    )
+
+
+def harness_table(harness: Mapping[str, Path]) -> Table:
+    """Every adapter's answers to public benchmarks against the base model's. harness: folders of `base` and of the adapters' cells.
+
+    Raises HarnessError for a file that is damaged, and for two models that were not asked the same.
+    """
+    results = {name: HarnessResult.read(folder) for name, folder in harness.items()}
+    base = results.pop("base")
+    rows: list[tuple[Value, ...]] = []
+    p_values: list[float] = []
+    for name, one in results.items():
+        base.same_questions(one, f"harness/{name}")
+        for task, before in base.tasks.items():
+            after = one.tasks[task]
+            test = paired_test(before.correct, after.correct)
+            rows.append((name, task, test.n, before.value, after.value, test.difference, test.low, test.high, test.p_value))
+            p_values.append(test.p_value)
+    corrected = holm(p_values).adjusted
+    asked = "; ".join(f"{task}: {one.metric}, {'/'.join(map(str, one.num_fewshot))} examples" for task, one in base.tasks.items())
+    return Table(
+        "harness",
+        "Public benchmarks, before and after",
+        ("cell", "task", "n", "base model", "with the adapter", "change", "low", "high", "McNemar's p", "p, Holm"),
+        tuple((*row, p_holm) for row, p_holm in zip(rows, corrected, strict=True)),
+        f"lm-evaluation-harness {base.harness}. {asked}. Newcombe's interval of each change; exact McNemar, corrected over all rows.",
     )

@@ -67,7 +67,14 @@ def evaluate(config: RunConfig, folder: Path, options: Mapping[str, Any], say: S
     result.write(folder / EVALUATION_FILE)
 
 
-TASKS: dict[str, Task] = {"train": train, "probe": probe, "score": score, "evaluate": evaluate}
+def harness(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Public benchmarks through lm-evaluation-harness, answered by the base model or with lora.init_from on it: harness.json."""
+    from fastlora.study.harness import run_harness
+
+    run_harness(config, folder, options, say)
+
+
+TASKS: dict[str, Task] = {"train": train, "probe": probe, "score": score, "evaluate": evaluate, "harness": harness}
 
 
 def load_task(name: str) -> Task:

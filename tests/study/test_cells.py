@@ -64,6 +64,19 @@ def test_a_file_counts_by_its_bytes_wherever_it_lies(tmp_path: Path, setting: st
         key("here")
 
 
+def test_a_folder_of_options_counts_by_its_files_and_not_by_compiled_python(tmp_path: Path) -> None:
+    def key() -> str:
+        return cell(options={"include_path": tmp_path}).key
+
+    (tmp_path / "task.py").write_text("1")
+    first = key()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "task.pyc").write_text("compiled")
+    assert key() == first
+    (tmp_path / "task.py").write_text("2")
+    assert key() != first
+
+
 def test_what_a_run_writes_is_no_part_of_it(tmp_path: Path) -> None:
     recording = cell({"rollout.record_path": tmp_path})
     before = recording.key

@@ -19,15 +19,9 @@ from fastlora.metrics import GRADIENT_PROFILE_SCHEMA
 from fastlora.statistics import proportion_interval
 from fastlora.study.comparisons import Answers, answers_after, answers_before, compare, comparison_table, mean_accuracy
 from fastlora.study.results import FINISHED_FILE, CellResult, ResultError, by_strategy, read_cell, stack
-from tests.analysis.synthetic_run import make_run
+from tests.study.synthetic_cell import make_cell
 
 STRATEGIES = {"uniform": 0, "placement/k-4": 10}
-
-
-def make_cell(folder: Path, **case: int) -> Path:
-    make_run(folder, layers=2, steps=12, problems=64, **case)  # type: ignore[arg-type]
-    (folder / FINISHED_FILE).write_text(json.dumps({"name": "x", "task": "train", "key": folder.name, "seconds": 1.0, "attempts": 1}))
-    return folder
 
 
 @pytest.fixture(scope="module")
