@@ -99,8 +99,8 @@ ANALYSIS_CALLERS = ("fastlora.session", "fastlora.study", "train")
 """They ask about runs that are over; the training itself (trainer and below) never sees analysis."""
 
 CONFINED: dict[str, tuple[str, ...]] = {
-    "trl": ("tests/parity", "bench"),
-    "peft": ("tests/parity", "bench"),
+    "trl": ("fastlora/study/shira.py", "tests/parity", "bench"),
+    "peft": ("fastlora/study/shira.py", "tests/parity", "tests/study/", "bench"),
     "math_verify": ("fastlora/rewards",),
     "vllm": ("fastlora/rollout/vllm",),
     "ray": ("fastlora/study/schedule.py", "tests/study/"),
