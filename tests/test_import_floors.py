@@ -99,7 +99,7 @@ ANALYSIS_CALLERS = ("fastlora.session", "fastlora.study", "train")
 """They ask about runs that are over; the training itself (trainer and below) never sees analysis."""
 
 CONFINED: dict[str, tuple[str, ...]] = {
-    "trl": ("fastlora/study/shira.py", "tests/parity", "bench"),
+    "trl": ("fastlora/study/shira.py", "tests/parity", "tests/study/", "bench"),
     "peft": ("fastlora/study/shira.py", "tests/parity", "tests/study/", "bench"),
     "math_verify": ("fastlora/rewards",),
     "vllm": ("fastlora/rollout/vllm",),
