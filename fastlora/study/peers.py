@@ -109,8 +109,8 @@ def peer_table(peers: Peers, comparisons: Iterable[Comparison]) -> Table:
             *("mask of B", "mask less peer", "gap low", "gap high", "McNemar's p"),
         ),
         tuple(rows),
-        "SHiRA trains entries of W itself, drawn at random, at a learning rate of its own. 95 % intervals: Wilson's of an accuracy, Newcombe's "
-        "of a gap; p not corrected.",
+        "SHiRA trains entries of W itself, drawn at random, at a learning rate of its own. 95 % intervals: Wilson's of an accuracy, "
+        "Newcombe's of a gap; p not corrected.",
     )
 
 

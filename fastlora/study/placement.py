@@ -185,8 +185,8 @@ class Placement:
 
     def _peer_pairs(self) -> Iterator[tuple[str, str]]:
         """(peer, mask) of the same k under the same objective."""
-        for objective, k in product(self.own.objectives, self.own.k) if self.own.peers else ():
-            for kind, scope in product(self.own.scores, self.own.scopes):
+        if self.own.peers:
+            for objective, k, kind, scope in product(self.own.objectives, self.own.k, self.own.scores, self.own.scopes):
                 yield peer_name(k, objective), f"{_mask_name(kind, scope, k)}-{objective}"
 
     def _accuracy_claim(self, one: Comparison) -> Claim:
