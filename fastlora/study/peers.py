@@ -74,9 +74,7 @@ def read_peers(folders: Mapping[str, Path]) -> dict[str, dict[int, Peer]]:
     for cell, folder in folders.items():
         match = SEED_IN_NAME.fullmatch(cell)
         assert match is not None, "peer_cells names them"
-        found.setdefault(match["strategy"], {})[int(match["seed"])] = Peer(
-            Evaluation.read(folder / EVALUATION_FILE), Trained.read(folder)
-        )
+        found.setdefault(match["strategy"], {})[int(match["seed"])] = Peer(Evaluation.read(folder / EVALUATION_FILE), Trained.read(folder))
     return found
 
 

@@ -177,9 +177,7 @@ def smallest_rank(layers: Sequence[ProjectionShape], entries: int) -> int:
     return r
 
 
-def train_shira(
-    config: RunConfig, model: BaseModel, examples: Sequence[Example], rewards: Rewards, entries: int, folder: Path
-) -> Trained:
+def train_shira(config: RunConfig, model: BaseModel, examples: Sequence[Example], rewards: Rewards, entries: int, folder: Path) -> Trained:
     """Trains, saves PEFT's files in `folder`/adapter, and leaves W' in `model`, merged by PEFT in the model's own dtype."""
     layers = adapted(model.module, config)
     r = smallest_rank(layers, entries)
