@@ -99,8 +99,8 @@ ANALYSIS_CALLERS = ("fastlora.session", "fastlora.study", "train")
 """They ask about runs that are over; the training itself (trainer and below) never sees analysis."""
 
 CONFINED: dict[str, tuple[str, ...]] = {
-    "trl": ("tests/parity", "bench"),
-    "peft": ("fastlora/study/harness.py", "tests/parity", "bench"),
+    "trl": ("fastlora/study/shira.py", "tests/parity", "tests/study/", "bench"),
+    "peft": ("fastlora/study/harness.py", "fastlora/study/shira.py", "tests/parity", "tests/study/", "bench"),
     "lm_eval": ("fastlora/study/harness.py", "tests/study/"),
     "math_verify": ("fastlora/rewards",),
     "vllm": ("fastlora/rollout/vllm",),

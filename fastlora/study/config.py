@@ -64,6 +64,7 @@ Score = Annotated[str, one_of("sign_consistency", "signed_sum", "snr", "magnitud
 Scope = Literal["global", "module", "projection"]
 Regime = Literal["outcome", "process", "distillation"]
 Objective = Literal["grpo", "sft"]
+Peer = Literal["shira"]
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 LearningRate = Annotated[float, Field(gt=0.0)]
 
@@ -187,6 +188,16 @@ class PlacementConfig(Section):
     """Scoring batches."""
     objectives: Several[Objective] = ("grpo", "sft")
     """What is scored and trained."""
+    peers: tuple[Peer, ...] = ()
+    """Other ways to train k entries: shira = PEFT's SHiRA, k random entries of W itself, trained by TRL (extra `study`)."""
+    shira_lr: LearningRate = 1e-3
+    """Learning rate of `shira`. A step moves an entry of W by it, and ΔW by s lr ‖row of A‖ ≈ s lr / √3 through an entry of B."""
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> PlacementConfig:
+        if "shira_lr" in self.model_fields_set and "shira" not in self.peers:
+            raise ValueError("shira_lr is set, but peers does not name 'shira'; add it or remove shira_lr")
+        return self
 
 
 class RewardDensityConfig(Section):

@@ -1,9 +1,10 @@
 """S2: adapters on the layers that a short probe of gradients chose, against every other way to choose as many (Aletheia, arXiv 2604.15351).
 
-Stage 1, one cell a seed: the probe (fastlora/probe.py) scores the layers of the untouched model.
+Stage 1: the probe (fastlora/probe.py) scores the layers of the untouched model, once a seed, and `repeats` times more to tell how alike the
+scores of other batches are; the base model answers whatever stage 3 asks (what cannot be asked is found before the training).
 Stage 2: for every objective, selection and seed a run with adapters on the chosen layers; `all` has them on every layer.
-Stage 3: what was forgotten. The base model and every adapter answer the problems of another task, if `second_task` gives one, and public
-benchmarks, if `harness` names any (the base model answers these in stage 1: a benchmark that cannot be run is found before the training).
+Stage 3: what was forgotten. Every adapter answers the problems of another task, if `second_task` gives one, and public benchmarks, if
+`harness` names any.
 
 Time is that of the update (loss, backward, clip, step): a selection saves adapters, and the backward pass below its lowest layer. How near
 that comes to the FLOPs is measured by `python -m bench.layer_selection`, alone on the machine.
@@ -11,7 +12,8 @@ that comes to the FLOPs is measured by `python -m bench.layer_selection`, alone 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from fastlora.study.config import HarnessConfig, StudyConfig
 from fastlora.study.harness import HarnessResult
 from fastlora.study.pictures import against, intervals
 from fastlora.study.report import Picture, StudyReport, Table, Value
-from fastlora.study.resampling import over_steps
+from fastlora.study.resampling import leave_one_out, over_steps
 from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
@@ -43,7 +45,8 @@ LEAST_SAVED = 0.15
 MARGIN = 0.03
 """Three points of accuracy: a smaller gap counts as matched."""
 STABLE = 0.8
-PROBE_SEED = 42
+PROBE_SEED, REPEATED_SEED = 42, 10_042
+"""Of the batches of the first seed's probe, and of the first repetition's."""
 PUBLISHED_TASKS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 """lm-eval's name of a benchmark that the published study used -> how people write it."""
 
@@ -58,11 +61,13 @@ class LayerSelection:
     def plan(self) -> Plan:
         """Probes, runs, and what they forgot."""
         options = {"batches": self.own.batches, "batch_size": self.own.batch_size}
+        probes = {f"seed-{seed}": (seed, PROBE_SEED + seed) for seed in self.config.seeds}
+        probes |= {f"repeat-{i}": (self.config.seeds[0], REPEATED_SEED + i) for i in range(self.own.repeats)}
         folders = yield [
-            *self._harness("base", None),
+            *self._afterwards("base", None),
             *(
-                Cell(f"probe/seed-{seed}", self._run({}, "sft", seed), "probe", {**options, "seed": PROBE_SEED + seed})
-                for seed in self.config.seeds
+                Cell(f"probe/{name}", self._run({}, "sft", seed), "probe", {**options, "seed": probe_seed})
+                for name, (seed, probe_seed) in probes.items()
             ),
         ]
         cells = [
@@ -74,8 +79,7 @@ class LayerSelection:
             for seed in self.config.seeds
         ]
         trained = yield cells
-        adapters = {cell.name: RunFolder(trained[cell.name]).adapter for cell in cells}
-        if afterwards := [*self._second_task(adapters), *(one for name, at in adapters.items() for one in self._harness(name, at))]:
+        if afterwards := [one for cell in cells for one in self._afterwards(cell.name, RunFolder(trained[cell.name]).adapter)]:
             yield afterwards
 
     def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
@@ -89,16 +93,11 @@ class LayerSelection:
         lora = {"rank_pattern": dict(ranks), "rank_budget": None, "parameter_budget": None, **({"r": 0} if ranks else {})}
         return self.config.run_config({"seed": seed, "objective": objective, "lora": lora}, f"{objective}, seed {seed}")
 
-    def _second_task(self, adapters: Mapping[str, Path]) -> Iterator[Cell]:
-        """The base model and the cells' adapters on `second_task`; nothing where there is none."""
+    def _afterwards(self, name: str, adapter: Path | None) -> Iterator[Cell]:
+        """An adapter, or the base model, on the second task and on public benchmarks; nothing where none is named."""
         if self.own.second_task:
-            answering: dict[str, Path | None] = {"base": None, **adapters}
-            for name, adapter in answering.items():
-                changes = {"data": self.own.second_task, "lora.init_from": adapter}
-                yield Cell(f"second task/{name}", self.config.run_config(changes, "layer_selection.second_task"), "evaluate")
-
-    def _harness(self, name: str, adapter: Path | None) -> Iterator[Cell]:
-        """An adapter, or the base model, on public benchmarks; nothing where none is named."""
+            changes = {"data": self.own.second_task, "lora.init_from": adapter}
+            yield Cell(f"second task/{name}", self.config.run_config(changes, "layer_selection.second_task"), "evaluate")
         if self.own.harness.tasks:
             config = self.config.run_config({"lora.init_from": adapter}, "layer_selection.harness")
             yield Cell(f"harness/{name}", config, "harness", self.own.harness.model_dump())
@@ -171,9 +170,13 @@ class LayerSelection:
                 )
         scores = [list(read_probe(folder / PROBE_FILE).layers.values()) for folder in probes.values()]
         if len(scores) > 1:
-            stable = correlation(scores[0], scores[1], method="spearman")
-            what = "rank correlation of the layers' scores from two sets of probe batches"
-            yield by_interval(stable, above(STABLE), what).claim(
+
+            def agreement(probes: NDArray[np.int64]) -> float:
+                pairs = [correlation(scores[i], scores[j], method="spearman").value for i, j in combinations(probes, 2)]
+                return float(np.mean(pairs))
+
+            what = f"mean rank correlation of the layers' scores over the pairs of {len(scores)} probes (jackknife over probes)"
+            yield by_interval(leave_one_out(agreement, len(scores)), above(STABLE), what).claim(
                 "Five probe batches suffice to order the layers", source=SOURCE, published="5 batches of 1, no interval"
             )
 
@@ -184,7 +187,7 @@ class LayerSelection:
             layers = sorted({int(module.split(".layers.")[1].split(".")[0]) for module in cell.ranks})
             ratio = times.get(name)
             seconds = float(np.median(cell.column("seconds/update")))
-            shown = ", ".join(map(str, layers))
+            shown = runs_of(layers)
             limits = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
             rows.append((name, shown, min(layers), cell.run.summary.trainable_parameters, seconds, *limits))
         return Table(
@@ -228,6 +231,13 @@ class LayerSelection:
 def named(selection: str, objective: str, seed: int) -> str:
     """A cell's name."""
     return f"{selection}-{objective}/seed-{seed}"
+
+
+def runs_of(layers: Sequence[int]) -> str:
+    """Layers in order, neighbours as one run: "0–3, 8"."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(start) if start == end else f"{start}–{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _under(prefix: str, folders: Mapping[str, Path]) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 Stage 1, one cell an objective and seed: at least 16 batches of the untouched model are scored (fastlora/scoring.py).
 Stage 2: masks of exactly k entries from these sums, by every score, k and scope, and a run with each; beside them, per objective and seed,
-`all-B` (A frozen, every entry of B trains) and `lora` (A and B).
+`all-B` (A frozen, every entry of B trains) and `lora` (A and B), and the peers that the config names (fastlora/study/peers.py).
 
 A is the same in all cells (lora.init_seed = 0): an entry of B means something only beside its A, and masks of different seeds can be laid
 over each other. Seeds change data and sampling. Masks are written beside the sums that they are made of, and are files that any run's
@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fastlora.study.cells import Cell
 from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, below, by_interval, by_p_value, by_property, conclusions
 from fastlora.study.comparisons import Comparison, accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
+from fastlora.study.peers import compare_peers, is_peer, peer_accuracies, peer_cells, peer_claim, peer_name, peer_table, read_peers
 from fastlora.study.pictures import CurvePanel, against, curves, intervals, stacked_shares
 from fastlora.study.report import Picture, StudyReport, Table, Value
 from fastlora.study.resampling import leave_one_out
@@ -97,7 +98,8 @@ class Placement:
         self.config, self.own = config, config.placement
 
     def plan(self) -> Plan:
-        """Scoring, then the runs under the masks that come of it."""
+        """Scoring, then the runs under the masks that come of it, and the peers. Raises ConfigError at once for a peer that cannot run."""
+        peers = peer_cells(self.config)
         folders = yield [
             Cell(f"scores/{objective}/seed-{seed}", self._run(objective, seed, {}), "score", {"batches": self.own.batches})
             for objective in self.own.objectives
@@ -110,7 +112,7 @@ class Placement:
                     cells.append(Cell(f"{name}-{objective}/seed-{seed}", self._run(objective, seed, {"freeze_a": True, "b_mask": mask})))
                 cells.append(Cell(f"all-B-{objective}/seed-{seed}", self._run(objective, seed, {"freeze_a": True})))
                 cells.append(Cell(f"lora-{objective}/seed-{seed}", self._run(objective, seed, {})))
-        yield cells
+        yield [*cells, *peers]
 
     def _run(self, objective: str, seed: int, lora: Mapping[str, Any]) -> RunConfig:
         return self.config.run_config(
@@ -138,7 +140,9 @@ class Placement:
     def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
         """Tables, figures and verdicts of all cells."""
         scoring = {name: folder for name, folder in folders.items() if name.startswith("scores/")}
-        cells = by_strategy({name: folder for name, folder in folders.items() if name not in scoring})
+        trained = {name: folder for name, folder in folders.items() if name not in scoring}
+        cells = by_strategy({name: folder for name, folder in trained.items() if not is_peer(name)})
+        peers = read_peers({name: folder for name, folder in trained.items() if is_peer(name)})
         structures = [_structured(name, folder) for name, folder in scoring.items()]
         masks = {
             f"{name}-{objective}/seed-{seed}": load_b_mask(file)
@@ -147,10 +151,16 @@ class Placement:
             for name, file in self._masks(scoring[f"scores/{objective}/seed-{seed}"], seed)
         }
         found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
-        claims = (*self._mechanism_claims(cells, structures, masks), *map(self._accuracy_claim, found))
+        beside_peers = compare_peers(peers, cells, self._peer_pairs())
+        claims = (
+            *self._mechanism_claims(cells, structures, masks),
+            *map(self._accuracy_claim, found),
+            *(peer_claim(one, self.config.thresholds) for one in beside_peers),
+        )
         may, may_not = conclusions(claims)
         tables = [accuracy_table(cells, {}), _structure_table(structures), self._projection_table(masks), self._cost_table(cells)]
         tables += [comparison_table(found, {})] if found else []
+        tables += [peer_table(peers, beside_peers)] if beside_peers else []
         tables += [table] if (table := _overlap_table(masks)).rows else []
         return StudyReport(
             "Placement of k trainable entries in B",
@@ -159,7 +169,7 @@ class Placement:
             (*may_not, "That the paper's own score behaves like these: it is not public, and a family stands in for it"),
             claims,
             tuple(tables),
-            self._pictures(cells, structures, masks),
+            self._pictures(cells, structures, masks, peer_accuracies(peers)),
             setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
         )
 
@@ -172,6 +182,12 @@ class Placement:
                     if kind != RANDOM and RANDOM in self.own.scores:
                         yield f"{_mask_name(RANDOM, scope, k)}-{objective}", informed
                     yield f"lora-{objective}", informed
+
+    def _peer_pairs(self) -> Iterator[tuple[str, str]]:
+        """(peer, mask) of the same k under the same objective."""
+        if self.own.peers:
+            for objective, k, kind, scope in product(self.own.objectives, self.own.k, self.own.scores, self.own.scopes):
+                yield peer_name(k, objective), f"{_mask_name(kind, scope, k)}-{objective}"
 
     def _accuracy_claim(self, one: Comparison) -> Claim:
         sample = one.sample(self.config.thresholds.min_items, self.config.thresholds.min_seeds)
@@ -272,7 +288,13 @@ class Placement:
             "Two float32 moments an entry that trains.",
         )
 
-    def _pictures(self, cells: Cells, structures: list[Structured], masks: Mapping[str, Mapping[str, Tensor]]) -> tuple[Picture, ...]:
+    def _pictures(
+        self,
+        cells: Cells,
+        structures: list[Structured],
+        masks: Mapping[str, Mapping[str, Tensor]],
+        peers: Mapping[str, Estimate],
+    ) -> tuple[Picture, ...]:
         first = self.config.seeds[0]
         shares = {
             name.partition("/")[0]: {kind: one.share_of_chosen for kind, one in projection_shares(mask).items()}
@@ -299,7 +321,7 @@ class Placement:
             Picture(
                 "accuracy-by-cell",
                 "Accuracy",
-                intervals(accuracies(cells), "accuracy on held-out problems"),
+                intervals({**accuracies(cells), **peers}, "accuracy on held-out problems"),
                 "95 % intervals.",
             ),
         )

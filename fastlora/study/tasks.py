@@ -6,6 +6,7 @@ no place here, a cell may name it as `path/to/file.py:function`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,22 @@ def harness(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Sa
     run_harness(config, folder, options, say)
 
 
-TASKS: dict[str, Task] = {"train": train, "probe": probe, "score": score, "evaluate": evaluate, "harness": harness}
+def shira(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """PEFT's SHiRA trained by TRL, `entries` of W: shira.json, adapter/, evaluation.jsonl. An attempt that died starts anew."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report every trainer to its makers; read when the hub is imported
+    from fastlora.study.shira import run_shira
+
+    run_shira(config, folder, options, say)
+
+
+TASKS: dict[str, Task] = {
+    "train": train,
+    "probe": probe,
+    "score": score,
+    "evaluate": evaluate,
+    "harness": harness,
+    "shira": shira,
+}
 
 
 def load_task(name: str) -> Task:

@@ -189,7 +189,9 @@ def test_conclusions_are_the_verdicts(verdicts: list[Verdict]) -> None:
 
 
 def test_undecided_accuracy_is_one_sentence() -> None:
-    claims = [Claim(f"claim {i}", "s", "p", f"m{i}", "t", "undecided", kind) for i, kind in enumerate(("accuracy", "mechanism", "accuracy"))]
+    claims = [
+        Claim(f"claim {i}", "s", "p", f"m{i}", "t", "undecided", kind) for i, kind in enumerate(("accuracy", "mechanism", "accuracy"))
+    ]
     assert conclusions(claims) == ((), ("Undecided: claim 1 (m1)", "Undecided about accuracy, 2 claims: claim 0; claim 2"))
 
 

@@ -87,15 +87,18 @@ def test_placement(tmp_path: Path) -> None:
 scores = ["sign_consistency", "random"]
 k = [500]
 objectives = ["sft"]
+peers = ["shira"]
 """
     cells, tables, page = run(tmp_path, "placement", section)
-    masked = {name: folder for name, folder in cells.items() if "-500-" in name}
+    masked = {name: folder for name, folder in cells.items() if "-global-500-" in name}
     assert len(masked) == 2
     for name, folder in masked.items():
         assert RunSummary.read(folder).trainable_parameters == 500, name
     masks = sorted((cells["scores/sft/seed-0"] / "masks").glob("*.safetensors"))
     assert [sum(int(mask.sum()) for mask in load_b_mask(path).values()) for path in masks] == [500, 500]
     assert int(next(row for row in tables["structure"])["batches"]) == 16
+    assert [(row["peer"], int(row["entries that train"])) for row in tables["peers"]] == [("shira-500-sft", 500)] * 2
+    assert "as many entries of W in PEFT's SHiRA" in page
     assert "| **supported** | Masks hold exactly k entries" in page
 
 
