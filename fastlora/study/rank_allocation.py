@@ -263,8 +263,7 @@ class RankAllocation:
             if strategy not in (UNIFORM, "proportional"):
                 continue
             for seed, cell in by_seed.items():
-                ratios = [cell.layer_norms(measure).share_ratio for measure in MEASURES]
-                rows.append((scaling, strategy, seed, *ratios, cell.accuracy.value))
+                rows.append((scaling, strategy, seed, *_own_ratios(cell), cell.accuracy.value))
         return Table(
             "scale-modes",
             "Scale modes: α s, constant or by rank",
@@ -314,6 +313,14 @@ def _shares_at(norms: LayerNorms, steps: NDArray[np.int64]) -> NDArray[np.float6
     """Shares of the layers at these steps, [l, s]."""
     norms_ls = norms.norms_ls[:, np.isin(norms.steps, steps)]
     return np.asarray(norms_ls / norms_ls.sum(axis=0))
+
+
+def _own_ratios(cell: CellResult) -> Iterator[float]:
+    """Max/min ratio by every measure, over all steps that had a gradient."""
+    for measure in MEASURES:
+        norms = cell.layer_norms(measure)
+        shares_ls = _shares_at(norms, np.array(sorted(_steps_with_gradient(norms))))
+        yield _ratio(shares_ls, np.arange(shares_ls.shape[1]))
 
 
 def named(strategy: str, scaling: str, seed: int) -> str:
