@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 from scipy.stats import linregress
 
@@ -76,6 +76,10 @@ def heat_maps(norms: Mapping[str, LayerNorms], label: str) -> Figure:
         ax.label_outer()
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=45, pad=0.02)
     bar.set_label(f"{label}, log scale")
+    low, high = bar.mappable.get_clim()
+    bar.ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))  # all nine of a decade would overlap
+    bar.ax.xaxis.set_major_formatter("{x:.2g}")
+    bar.ax.xaxis.set_minor_formatter(NullFormatter())
     for mesh in bar.ax.collections:
         mesh.set_rasterized(True)  # one image instead of 256 paths
     bar.outline.set_visible(False)
