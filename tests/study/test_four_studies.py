@@ -76,7 +76,8 @@ options = { min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
     last = RunSummary.read(cells["last-sft/seed-0"]).rank_pattern
     assert min(int(name.split(".")[2]) for name in last) == 15 and set(last.values()) == {2, 4}
     rows = {row["cell"]: row for row in tables["selections"]}
-    assert float(rows["last-sft"]["× all"]) < 1 and len(rows["top-sft"]["layers"].split(", ")) == 15
+    assert float(rows["last-sft"]["× all"]) < 1 and (rows["all-sft"]["layers"], rows["last-sft"]["layers"]) == ("0–29", "15–29")
+    assert len({name.split(".")[2] for name in RunSummary.read(cells["top-sft/seed-0"]).rank_pattern}) == 15
     assert {row["cell"] for row in tables["forgetting"]} == {"all-sft/seed-0", "top-sft/seed-0", "last-sft/seed-0"}
     assert "as accurate as all-sft" in page and "undecided" in page
 

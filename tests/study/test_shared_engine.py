@@ -46,7 +46,7 @@ def engines() -> list[psutil.Process]:
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("vllm")  # after the other engines, not beside them
 @pytest.mark.timeout(600)
 def test_cells_of_other_ranks_share_one_engine_that_dies_once(ray: ModuleType, tmp_path: Path) -> None:
     out, console = tmp_path / "out", Console(file=io.StringIO(), width=200)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,18 @@ class KeptEngine(OwnEngine):
         """The fixture does."""
         for policy in held:
             self.unload(policy)
+
+
+def kill_in_mid_batch(server: Server, kill: Callable[[], None]) -> None:
+    """Calls `kill` when the server's next batch has been under way for 50 ms; LONG ones of the tiny model take some 200."""
+    sample = server.sample
+
+    def sample_and_die(*arguments: Any) -> None:
+        server.sample = sample
+        threading.Timer(0.05, kill).start()
+        sample(*arguments)
+
+    server.sample = sample_and_die
 
 
 @contextmanager

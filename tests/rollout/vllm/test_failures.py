@@ -24,7 +24,17 @@ from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineStartError
 from fastlora.rollout.vllm.servers import ForeignServer, OwnEngine
 from fastlora.types import Rollout
-from tests.rollout.vllm.engines import EXAMPLES, LENGTH, PARAMS, KeptEngine, adapted, engine_process, sampler_on, tiny_model
+from tests.rollout.vllm.engines import (
+    EXAMPLES,
+    LENGTH,
+    PARAMS,
+    KeptEngine,
+    adapted,
+    engine_process,
+    kill_in_mid_batch,
+    sampler_on,
+    tiny_model,
+)
 
 LONG = dataclasses.replace(PARAMS, max_completion_length=64)
 
@@ -60,7 +70,7 @@ def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: Ke
         truth = undisturbed.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
     with sampler_on(fresh_engine, model, adapter) as sampler:
         worker = engine_processes(fresh_engine)[-1]
-        threading.Timer(0.3, worker.kill).start()
+        kill_in_mid_batch(fresh_engine, worker.kill)
         rollout = sampler.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
         assert same_samples(rollout, truth)
         assert rollout.metrics["sampler/restarts"] == 1

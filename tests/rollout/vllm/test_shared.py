@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,18 @@ from fastlora.rollout.vllm.servers import OwnEngine
 from fastlora.rollout.vllm.shared import ENGINE_VARIABLE, SharedEngine, shared_folder
 from fastlora.vllm_config import VllmConfig
 from tests import tolerances
-from tests.rollout.vllm.engines import EXAMPLES, LENGTH, PARAMS, KeptEngine, adapted, engine_process, move, sampler_on, tiny_model
+from tests.rollout.vllm.engines import (
+    EXAMPLES,
+    LENGTH,
+    PARAMS,
+    KeptEngine,
+    adapted,
+    engine_process,
+    kill_in_mid_batch,
+    move,
+    sampler_on,
+    tiny_model,
+)
 from tests.rollout.vllm.test_failures import LONG, engine_processes
 from tests.rollout.vllm.test_sampler import gap
 
@@ -74,7 +84,8 @@ def test_a_death_is_survived_when_its_starter_starts_it_again(model_folder: Path
     adapter = adapted(model)
     try:
         engine.start()
-        with sampler_on(shared(tmp_path), model, adapter, max_restarts=10) as sampler:
+        server = shared(tmp_path)
+        with sampler_on(server, model, adapter, max_restarts=10) as sampler:
             (worker,) = engine_processes(engine)[-1:]
 
             def kill_and_start_again() -> None:
@@ -83,7 +94,7 @@ def test_a_death_is_survived_when_its_starter_starts_it_again(model_folder: Path
                     time.sleep(0.1)
                 engine.start()
 
-            threading.Timer(0.3, kill_and_start_again).start()
+            kill_in_mid_batch(server, kill_and_start_again)
             rollout = sampler.sample(EXAMPLES, LONG, seed=1, adapter_version=1)
             assert rollout.metrics["sampler/restarts"] >= 1
             assert gap(model, rollout, LONG.temperature) <= tolerances.SAMPLER_LOGP_FP32
