@@ -61,12 +61,15 @@ def test_two_runs_sample_at_once_each_from_its_own_policy(folder: Path) -> None:
 
 
 def test_a_quick_run_does_not_push_out_a_slow_ones_adapter(engine: KeptEngine, folder: Path) -> None:
-    """Two slots, two runs; the quick one publishes five versions. Nothing is left of either when both have ended."""
+    """Two slots, two runs; the quick one publishes five versions. Nothing is left of either when both have ended (of tests before it
+    there may be: an engine of one's own keeps what it does not need the room of).
+    """
+    before = engine.client.models()
     models = [tiny_model(), tiny_model()]
     slow, quick = (adapted(model, seed=seed) for seed, model in enumerate(models))
     with sampler_on(shared(folder), models[0], slow) as first:
         first.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)
-        (number,) = (one for one in engine.client.worker("fastlora_adapters")["slots"] if one is not None)
+        number = max(one for one in engine.client.worker("fastlora_adapters")["slots"] if one is not None)  # they count up
         with sampler_on(shared(folder), models[1], quick) as second:
             for version in range(5):
                 second.sample(EXAMPLES, PARAMS, seed=3, adapter_version=version)
@@ -74,8 +77,8 @@ def test_a_quick_run_does_not_push_out_a_slow_ones_adapter(engine: KeptEngine, f
                 assert number in engine.client.worker("fastlora_adapters")["slots"]
         rollout = first.sample(EXAMPLES, PARAMS, seed=3, adapter_version=1)
         assert gap(models[0], rollout, PARAMS.temperature) <= tolerances.SAMPLER_LOGP_FP32
-    assert engine.client.worker("fastlora_adapters")["slots"] == [None, None]
-    assert [model["id"] for model in engine.client.models()] == ["base"]
+    assert all(one is None or one < number for one in engine.client.worker("fastlora_adapters")["slots"])
+    assert [model["id"] for model in engine.client.models()] == [model["id"] for model in before]
 
 
 def test_a_death_is_survived_when_its_starter_starts_it_again(model_folder: Path, tmp_path: Path) -> None:
