@@ -45,18 +45,19 @@ def shared_engine(cells: Sequence[Cell], at_once: int, out: Path, say: Say) -> I
 
     Raises ConfigError for cells that no one engine serves; SamplerError when it does not start.
     """
-    configs = [cell.config for cell in cells if can_share(cell.config)]
-    if not configs:
+    sharing = [cell for cell in cells if can_share(cell.config)]
+    if not sharing:
         yield {}
         return
+    configs, at_once = [cell.config for cell in sharing], min(at_once, len(sharing))
     first = configs[0]
-    for cell in cells:
-        if can_share(cell.config) and (cell.config.model, cell.config.vllm) != (first.model, first.vllm):
+    for cell in sharing:
+        if (cell.config.model, cell.config.vllm) != (first.model, first.vllm):
             raise ConfigError(f"resources.engine = 'shared': cell {cell.name!r} has other settings in [model] or [vllm] than the first")
     folder = memory_folder()
-    engine = OwnEngine(_process(configs, min(at_once, len(configs)), out / LOG_FILE, folder))
+    engine = OwnEngine(_process(configs, at_once, out / LOG_FILE, folder))
     try:
-        say(f"starting one vLLM for {len(configs)} cells, {min(at_once, len(configs))} at once; its log is {out / LOG_FILE}")
+        say(f"starting one vLLM for {len(sharing)} cells, {at_once} at once; its log is {out / LOG_FILE}")
         engine.start()
         with _watched(engine, folder, first.vllm.max_restarts, say):
             yield {ENGINE_VARIABLE: str(folder)}
