@@ -1,8 +1,8 @@
 """What the gradient profile costs a training step: `python -m bench.gradient_profile [CONFIG.toml] [--steps 5]`.
 
 Whole steps of the config's run (real rollouts, real gradients), in which the profile's parts are timed where the trainer calls them:
-‖∂L/∂ΔW‖, the norms of rank components (switched on), the rows of the table. One write of the Parquet file of 1,000 such steps, the largest
-that the rank-allocation study has, is timed at the end and spread over the steps between two checkpoints. Medians of the steps.
+‖∂L/∂ΔW‖, the norms of rank components (switched on), the rows of the table. The write of a part of the Parquet table, of the steps between
+two checkpoints, is timed at the end and spread over these steps. Medians of the steps and of the writes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fastlora.metrics import MetricsWriter
 from fastlora.ops.registry import use_implementation
 from fastlora.run_folder import RunFolder
 
-PROFILE_STEPS = 1000
-"""Steps of the study whose file is written: S1's."""
+WRITES = 5
+"""Parts of the table that are written and timed."""
 
 
 def timed(seconds: dict[str, list[float]], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def timed(seconds: dict[str, list[float]], name: str, call: Callable[..., Any]) 
 
 
 def measure(config_path: Path, steps: int) -> dict[str, list[float]]:
-    """Seconds of every whole step, of every call of the parts in it, and of one write of the file; after one step to warm up."""
+    """Seconds of every whole step, of every call of the parts in it, and of every write of a part; after one step to warm up."""
     config = load_config(config_path, ["--log.rank-components"])
     parts = build(config, Console(quiet=True))
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -61,9 +61,12 @@ def measure(config_path: Path, steps: int) -> dict[str, list[float]]:
             for step in range(1, steps + 2):
                 one_step(step, writer, lambda: None)
         flat, rows = parts.flat, torch.rand(sum(segment.shape[0] for segment in parts.flat.segments))
-        for step in range(steps + 2, PROFILE_STEPS + 1):
+        writer.flush()
+        write = timed(seconds, "write", writer.flush)
+        for step in range(steps + 2, steps + 2 + WRITES * config.trainer.checkpoint_every):
             norms(step, flat.segments, torch.rand(len(flat.segments)), torch.rand(len(flat.segments)), rows)
-        timed(seconds, "write", writer.flush)()
+            if (step - steps - 1) % config.trainer.checkpoint_every == 0:
+                write()
     calls = config.optimizer_steps // config.trainer.steps
     return {name: values[{"step": 1, "write": 0}.get(name, calls) :] for name, values in seconds.items()}
 

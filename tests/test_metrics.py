@@ -25,7 +25,8 @@ from fastlora.metrics import (
 from fastlora.ops.adamw_step import Segment
 
 JSON_FILES = ("metrics.jsonl", "completions.jsonl", "alarms.jsonl")
-FILES = (*JSON_FILES, "gradient_profile.parquet")
+PROFILE = "gradient_profile.parquet"
+FILES = (*JSON_FILES, PROFILE)
 
 SEGMENTS = [  # uneven ranks; gate_proj has rank 0 and so no segments; down_proj's A is frozen and has none
     Segment("model.layers.0.self_attn.q_proj.lora_A", 0, (3, 8), transposed=False),
@@ -42,12 +43,17 @@ def write_step(writer: MetricsWriter, step: int) -> None:
     writer.gradient_norms(step, SEGMENTS, torch.arange(3.0) + step / 3, torch.tensor([math.nan, step, math.nan]), components)
 
 
-def unbroken(folder: Path, steps: int) -> dict[str, bytes]:
+def unbroken(folder: Path, steps: int) -> dict[str, object]:
     folder.mkdir()
     with MetricsWriter(folder) as writer:
         for step in range(1, steps + 1):
             write_step(writer, step)
-    return {name: (folder / name).read_bytes() for name in FILES}
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """The JSON files' bytes; the profile's rows as pyarrow's own dataset reader finds them."""
+    return {name: (folder / name).read_bytes() for name in JSON_FILES} | {PROFILE: pq.read_table(folder / PROFILE).to_pylist()}
 
 
 def strict(line: str) -> dict[str, object]:
@@ -84,7 +90,7 @@ def test_gradient_profile_is_the_table_that_was_given(tmp_path: Path) -> None:
             writer.gradient_norms(step, SEGMENTS, values, delta_w[step], components[step])
             if step == 2:
                 writer.flush()
-    table = pq.read_table(tmp_path / "gradient_profile.parquet")
+    table = pq.read_table(tmp_path / PROFILE)
     assert [(field.name, str(field.type)) for field in table.schema] == [
         ("step", "int32"), ("module", "string"), ("layer", "int32"), ("projection", "string"),
         ("matrix", "string"), ("rank", "int32"), ("norm", "float"), ("delta_w_norm", "float"),
@@ -134,7 +140,31 @@ def test_resumed_files_equal_unbroken_ones(tmp_path: Path, resume_step: int) -> 
     with MetricsWriter(run, resume_step=resume_step) as resumed:
         for step in range(resume_step, 7):
             write_step(resumed, step)
-    assert {name: (run / name).read_bytes() for name in FILES} == expected
+    assert str(contents(run)) == str(expected), "as text: NaN is the same as NaN"
+
+
+def test_a_profile_is_cut_inside_a_part_and_written_on(tmp_path: Path) -> None:
+    """A part holds the steps since the write before it; a resume may begin in the middle of one, and nothing is written twice."""
+    expected = unbroken(tmp_path / "run", 5)
+    (part,) = (tmp_path / "run" / PROFILE).iterdir()
+    assert part.name == "step-000001.parquet"
+    with MetricsWriter(tmp_path / "run", resume_step=4) as resumed:
+        for step in (4, 5):
+            write_step(resumed, step)
+    assert str(contents(tmp_path / "run")) == str(expected)
+    names = sorted(path.name for path in (tmp_path / "run" / PROFILE).iterdir())
+    assert names == ["step-000001.parquet", "step-000004.parquet"]
+
+
+def test_a_write_of_the_profile_leaves_earlier_parts_alone(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            write_step(writer, step)
+            writer.flush()
+            writer.flush()  # nothing new: no part
+        parts = {path: path.stat().st_ino for path in (tmp_path / PROFILE).iterdir()}
+        write_step(writer, 4)
+    assert len(parts) == 3 and all(path.stat().st_ino == inode for path, inode in parts.items())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -148,7 +178,7 @@ def test_a_new_run_overwrites_nothing(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_resume_names_a_missing_file(tmp_path: Path, name: str) -> None:
     unbroken(tmp_path / "run", 2)
-    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).rename(tmp_path / name)
     with pytest.raises(MetricsError, match=rf"{name} is missing"):
         MetricsWriter(tmp_path / "run", resume_step=2)
 
@@ -165,10 +195,11 @@ def test_resume_names_the_damaged_line_and_leaves_the_file(tmp_path: Path, damag
 
 
 def test_resume_names_a_damaged_gradient_profile(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "gradient_profile.parquet"
-    data = unbroken(tmp_path / "run", 2)[path.name]
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(MetricsError, match=r"gradient_profile\.parquet is not a readable Parquet file"):
+    unbroken(tmp_path / "run", 2)
+    part = tmp_path / "run" / PROFILE / "step-000001.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MetricsError, match=r"gradient_profile\.parquet/step-000001\.parquet is not a readable Parquet file"):
         MetricsWriter(tmp_path / "run", resume_step=2)
 
 

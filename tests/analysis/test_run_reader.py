@@ -48,14 +48,16 @@ def test_a_finished_run_comes_back(finished: Path) -> None:
      "eval_before.jsonl", "eval_after.jsonl"],
 )  # fmt: skip
 def test_a_missing_file_is_named(run_dir: Path, name: str) -> None:
-    (run_dir / name).unlink()
+    (run_dir / name).rename(run_dir / "elsewhere")
     with pytest.raises((RunReadError, MetricsError), match=name):
         read_run(run_dir)
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "summary.json", "environment.json", "gradient_profile.parquet", "metrics.jsonl", "eval_after.jsonl"]
-)
+    "name",
+    ["config.json", "summary.json", "environment.json", "gradient_profile.parquet/step-000001.parquet", "metrics.jsonl",
+     "eval_after.jsonl"],
+)  # fmt: skip
 def test_a_truncated_file_is_named(run_dir: Path, name: str) -> None:
     data = (run_dir / name).read_bytes()
     (run_dir / name).write_bytes(data[: len(data) - 9])

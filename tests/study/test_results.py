@@ -108,7 +108,11 @@ def test_stack_puts_steps_under_one_another(cell: CellResult) -> None:
             '{"step": 1}\n{"st',
             r"cell a/seed-0 is damaged: .*metrics.jsonl, line 2: cut off.* remove .* and run the study again",
         ),
-        ("gradient_profile.parquet", "x", r"cell a/seed-0 is damaged: .*gradient_profile.parquet is not a readable"),
+        (
+            "gradient_profile.parquet/step-000001.parquet",
+            "x",
+            r"cell a/seed-0 is damaged: .*gradient_profile.parquet/step-000001.parquet is not a readable",
+        ),
     ],
 )
 def test_an_unfinished_or_damaged_cell_is_named(
