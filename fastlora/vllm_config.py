@@ -35,4 +35,4 @@ class VllmConfig(Section):
     start_timeout: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds until an engine that is started must answer."""
     request_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
-    """Seconds until a request counts as hung; an engine of our own answers a whole rollout in one."""
+    """Seconds until a request to a server counts as hung; an engine of our own does after 300 (or these) without a sign of life."""

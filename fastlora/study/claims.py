@@ -43,6 +43,9 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return _with_limits(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -128,7 +131,11 @@ def by_interval(estimate: HasInterval, region: Region, what: str) -> Decision:
     if math.isnan(value) or math.isnan(low) or math.isnan(high):
         return Decision("undecided", f"{_number(value)}: not a number, so it has no interval", test)
     verdict: Verdict = "supported" if region.holds(low, high) else "not supported" if region.misses(low, high) else "undecided"
-    return Decision(verdict, f"{_number(value)} [{_number(low)}, {_number(high)}]", test)
+    return Decision(verdict, _with_limits(estimate), test)
+
+
+def _with_limits(estimate: HasInterval) -> str:
+    return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}]"
 
 
 def by_p_value(

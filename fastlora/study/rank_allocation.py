@@ -13,45 +13,40 @@ uniform run's; that prediction (allocation.sqrt_rank_shares) stands beside every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlora.allocation import allocate, layer_scores, modules_by_layer, rank_pattern, share_ratio, sqrt_rank_shares
+from fastlora.allocation import allocate, layer_scores, modules_by_layer, rank_pattern
 from fastlora.analysis.gradient_profile import LayerNorms, Measure
 from fastlora.config import RunConfig
 from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
+from fastlora.study.amplification import IGNORANT, SOURCE, Profiled, amplification_claims, by_steps, max_min, sqrt_law_claim
 from fastlora.study.cells import Cell
 from fastlora.study.claims import (
     Claim,
-    Decision,
     Estimate,
     HasInterval,
-    Region,
     above,
     accuracy_claim,
     below,
     by_interval,
     by_property,
     conclusions,
-    within,
 )
 from fastlora.study.comparisons import accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import heat_maps, intervals, scatter_fits, share_bars
 from fastlora.study.report import Picture, StudyReport, Table, Value
-from fastlora.study.resampling import over_steps
 from fastlora.study.results import CellResult, Cells, by_strategy, read_cell
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 
-SOURCE = "arXiv 2605.07366"
 UNIFORM, DYNAMIC = "uniform", "dynamic"
 PUBLISHED_ACCURACY = {"reduced": 0.65, "random": 0.675, "proportional": 0.70, "uniform": 0.745}
 """GSM8K, Qwen2.5-1.5B-Instruct, 200 problems, one seed; the base model .66."""
@@ -61,56 +56,8 @@ MEASURES: tuple[Measure, ...] = ("raw", "rank_normalised", "delta_w")
 TOP_LAYERS = 0.3
 FLAT = 0.5
 """A profile whose strongest 30 % of layers carry less than half is called flat: published are 36 % under GRPO, above 80 % under SFT."""
-NEAR = 0.1
-"""Of a ratio, within which measured and predicted count as equal."""
 STABLE = 0.8
 """Correlation of early and late profile above which the profile is called stable; published .962."""
-
-
-@dataclass(frozen=True, slots=True)
-class Profiled:
-    """What one cell's gradients say, against the uniform cell of its seed and scale mode; over the steps that had a gradient in both."""
-
-    strategy: str
-    seed: int
-    ranks_l: tuple[int, ...]
-    norms: LayerNorms
-    """Raw, of all steps."""
-    shares: Mapping[Measure, NDArray[np.float64]]
-    """Shares of the layers [l, s]."""
-    uniform: Mapping[Measure, NDArray[np.float64]]
-    """Those of the uniform cell at the same steps."""
-    uniform_ranks_l: tuple[int, ...]
-
-    @property
-    def num_steps(self) -> int:
-        """s."""
-        return self.shares["raw"].shape[1]
-
-    @property
-    def change_l(self) -> NDArray[np.float64]:
-        """Of the mean raw share against the uniform cell."""
-        return np.asarray(self.shares["raw"].mean(axis=1) - self.uniform["raw"].mean(axis=1))
-
-    def ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
-        """Max/min ratio of the shares, mean over these steps."""
-        return _ratio(self.shares[measure], steps)
-
-    def uniform_ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
-        """The same of the uniform cell."""
-        return _ratio(self.uniform[measure], steps)
-
-    def predicted_ratio(self, steps: NDArray[np.int64]) -> float:
-        """The raw ratio if rank did nothing but add rows."""
-        return share_ratio(self.predicted_shares(steps))
-
-    def predicted_shares(self, steps: NDArray[np.int64]) -> tuple[float, ...]:
-        """√r on the uniform cell's shares over these steps; the scale is constant in the first scale mode, which is the one predicted."""
-        return sqrt_rank_shares(self.uniform["raw"][:, steps].mean(axis=1).tolist(), self.uniform_ranks_l, self.ranks_l)
-
-
-def _ratio(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
-    return share_ratio(shares_ls[:, steps].mean(axis=1).tolist())
 
 
 class RankAllocation:
@@ -240,7 +187,7 @@ class RankAllocation:
         )
         first = self.config.seeds[0]
         uniform = next(one for one in profiled if one.strategy == UNIFORM and one.seed == first)
-        yield _decided(
+        yield by_steps(
             uniform.num_steps,
             lambda steps: _top_share(uniform.shares["raw"], steps),
             below(FLAT),
@@ -254,7 +201,8 @@ class RankAllocation:
         )
         proportional = next((one for one in profiled if one.strategy == "proportional" and one.seed == first), None)
         if proportional is not None:
-            yield from _amplification_claims(proportional)
+            yield from amplification_claims(proportional)
+        yield from (sqrt_law_claim(one) for one in profiled if one.strategy in IGNORANT and one.seed == first)
 
     def _ablation_table(self, cells: Cells) -> Table:
         rows: list[tuple[Value, ...]] = []
@@ -320,7 +268,7 @@ def _own_ratios(cell: CellResult) -> Iterator[float]:
     for measure in MEASURES:
         norms = cell.layer_norms(measure)
         shares_ls = _shares_at(norms, np.array(sorted(_steps_with_gradient(norms))))
-        yield _ratio(shares_ls, np.arange(shares_ls.shape[1]))
+        yield max_min(shares_ls, np.arange(shares_ls.shape[1]))
 
 
 def named(strategy: str, scaling: str, seed: int) -> str:
@@ -357,45 +305,6 @@ def _early_against_late(shares_ls: NDArray[np.float64]) -> HasInterval:
     return correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
 
 
-def _decided(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Region, what: str) -> Decision:
-    return by_interval(over_steps(statistic, num_steps), region, f"{what} (blocks of steps resampled)")
-
-
-def _amplification_claims(one: Profiled) -> Iterator[Claim]:
-    """The paper's reading, and its confrontation with √r."""
-    published = "max/min 2.17 → 3.00; √r alone predicts 3.07"
-
-    def measured(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("raw", steps) / one.uniform_ratio("raw", steps))
-
-    def beyond(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("raw", steps) / one.predicted_ratio(steps))
-
-    def without_rank(steps: NDArray[np.int64]) -> float:
-        return math.log(one.ratio("delta_w", steps) / one.uniform_ratio("delta_w", steps))
-
-    over_prediction = "log of the raw max/min ratio over its √r prediction"
-    for text, statistic, region, what in (
-        (
-            "Ranks by the profile amplify the imbalance of the gradient's shares",
-            measured,
-            above(0.0),
-            "log of the raw max/min ratio, proportional over uniform",
-        ),
-        ("The amplification is more than √r makes of the uniform profile", beyond, above(0.0), over_prediction),
-        (f"√r alone makes the amplification, to {NEAR:.0%} of the ratio", beyond, within(-NEAR, NEAR), over_prediction),
-        (
-            "With the rank taken out (∂L/∂ΔW) the imbalance still grows",
-            without_rank,
-            above(0.0),
-            "log of the max/min ratio of ‖∂L/∂ΔW‖, proportional over uniform",
-        ),
-    ):
-        yield _decided(one.num_steps, statistic, region, f"{what}, seed {one.seed}").claim(
-            text, source=f"{SOURCE}, section 5", published=published
-        )
-
-
 def _ratio_table(profiled: list[Profiled]) -> Table:
     rows: list[tuple[Value, ...]] = []
     for one in profiled:
@@ -412,6 +321,7 @@ def _ratio_table(profiled: list[Profiled]) -> Table:
                 sum(one.ranks_l),
                 *(one.ratio(measure, steps) for measure in MEASURES),
                 predicted,
+                None if shift is None or one.strategy == DYNAMIC else str(one.excess_interval),
                 PUBLISHED_RATIO.get(one.strategy),
                 _top_share(one.shares["raw"], steps),
                 shift,
@@ -422,9 +332,11 @@ def _ratio_table(profiled: list[Profiled]) -> Table:
         "profiles",
         "Profiles: max/min ratio of the layers' shares, and what √r predicts",
         (
-            *("strategy", "seed", "ranks", "Σ r", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "√r predicts", "published ratio"),
-            *("share of top 30 %", "correlation of rank and change of share", "published correlation"),
+            *("strategy", "seed", "ranks", "Σ r", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "√r predicts", "excess over √r"),
+            *("published ratio", "share of top 30 %", "correlation of rank and change of share", "published correlation"),
         ),
         tuple(rows),
-        "raw: ‖g‖ of a layer's A and B. √r predicts: the raw ratio of the uniform run of that seed with every share times √(r/r uniform).",
+        "raw: ‖g‖ of a layer's A and B. √r predicts: the raw ratio of the uniform run of that seed with every share times √(r/r uniform). "
+        "Excess: (β − ½) log(max r / min r), β the slope over all layers of log share on log rank. Ranks chosen by the profile know its "
+        "noise, and regress to its mean: proportional ones fall short of √r, inverse ones exceed it.",
     )

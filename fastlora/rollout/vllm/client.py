@@ -25,7 +25,7 @@ TOP_LOGPROBS = 20
 CONNECT_SECONDS = 10.0
 
 CONTROL_SECONDS = 300.0
-"""For anything that is no sampling: load, unload, checksums, canary, weights. An engine that hangs is known by the next of them."""
+"""For load, unload, checksums, canary, weights, and between two signs of life of an engine of our own that samples."""
 
 
 class EngineGoneError(SamplerError):
@@ -57,7 +57,7 @@ class VllmClient:
     """`where` names the server in every message."""
 
     def __init__(self, where: str, *, socket: Path | None = None, api_key: str | None = None, request_timeout: float) -> None:
-        """where: base URL of the server, or with `socket` any name. request_timeout: seconds for samples."""
+        """where: base URL of the server, or with `socket` any name. request_timeout: seconds for a prompt's samples of a foreign server."""
         self.where, self._sampling_seconds = where, request_timeout
         transport = None if socket is None else httpx2.HTTPTransport(uds=str(socket))
         self._http = httpx2.Client(
@@ -106,9 +106,11 @@ class VllmClient:
     def sample_together(
         self, model: str, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int], stop_token_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        """Samples of several prompts, to the same bits every time (own engines only: serve.py)."""
+        """Samples of several prompts, to the same bits every time; however long it takes, the engine gives signs of life (own engines only:
+        serve.py).
+        """
         body = {"model": model, "prompts": prompts, "seeds": seeds, "params": _sampling(params, stop_token_ids)}
-        answer = self.call("POST", "/fastlora/sample", body, self._sampling_seconds).json()
+        answer = self.call("POST", "/fastlora/sample", body).json()
         return [
             [_completion(s["token_ids"], s["logprobs"], s["finish_reason"]) for s in samples]
             for samples in _checked(answer, model, self.where)["samples"]
@@ -168,8 +170,9 @@ class VllmClient:
         return self.call("POST", "/collective_rpc", {"method": method, "args": list(args)}).json()["results"][0]
 
     def call(self, verb: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None) -> httpx2.Response:
-        """seconds: for the answer; None = CONTROL_SECONDS. Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError:
-        a status from 400 on.
+        """seconds: between two parts of the answer; None = CONTROL_SECONDS, or request_timeout if that is less.
+
+        Raises EngineGoneError: no answer, or a status from 500 on; EngineRefusedError: a status from 400 on.
         """
         try:
             timeout = httpx2.USE_CLIENT_DEFAULT if seconds is None else httpx2.Timeout(seconds, connect=CONNECT_SECONDS)

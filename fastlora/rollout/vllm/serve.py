@@ -8,18 +8,23 @@ PATH): what the trainer had on tmpfs.
 
 The route, POST /fastlora/sample, takes all prompts of a rollout at once and hands them to the engine in their order, while it is paused and
 its prefix cache is empty. Requests that arrive one by one are batched as they come, GEMMs of other shapes round differently, and the
-same seeds give other bits the next time.
+same seeds give other bits the next time. Its answer is JSON with a blank line before it for every HEARTBEAT_SECONDS in which the engine's
+core was alive, so that a rollout of an hour is no engine that hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import sys
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
+
+HEARTBEAT_SECONDS = 5.0
 
 
 def _die_with(pipe: int, folders: list[str]) -> None:
@@ -30,15 +35,26 @@ def _die_with(pipe: int, folders: list[str]) -> None:
 
 
 def _add_route(app: Any) -> Any:
+    from fastapi.responses import StreamingResponse
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.utils import random_uuid
 
-    async def sample(body: dict[str, Any]) -> dict[str, Any]:
+    async def sample(body: dict[str, Any]) -> StreamingResponse:
         """{model, prompts, seeds, params} -> {model, samples}: per prompt and sample, token ids, log-probabilities, finish reason."""
-        engine, lora = app.state.engine_client, app.state.openai_serving_models.lora_requests.get(body["model"])
+        lora = app.state.openai_serving_models.lora_requests.get(body["model"])
         if lora is None and not app.state.openai_serving_models.is_base_model(body["model"]):
             raise KeyError(f"no adapter {body['model']}")
+        return StreamingResponse(alive_until(asyncio.ensure_future(answer(body, lora))), media_type="application/json")
+
+    async def alive_until(answered: asyncio.Future[bytes]) -> AsyncIterator[bytes]:
+        while not (await asyncio.wait([answered], timeout=HEARTBEAT_SECONDS))[0]:
+            await app.state.engine_client.is_sleeping()  # which the core answers between two of its steps; one that hangs does not
+            yield b"\n"
+        yield answered.result()
+
+    async def answer(body: dict[str, Any], lora: Any) -> bytes:
+        engine = app.state.engine_client
         await engine.pause_generation(mode="wait", clear_cache=True)
         try:
             outputs = [
@@ -53,7 +69,8 @@ def _add_route(app: Any) -> Any:
         finally:
             await engine.resume_generation()
         results: list[RequestOutput] = await asyncio.gather(*(output.get() for output in outputs))
-        return {"model": body["model"] if lora is None else lora.lora_name, "samples": [_samples(result) for result in results]}
+        model = body["model"] if lora is None else lora.lora_name
+        return json.dumps({"model": model, "samples": [_samples(result) for result in results]}, allow_nan=False).encode()
 
     app.post("/fastlora/sample")(sample)
     return app

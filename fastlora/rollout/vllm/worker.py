@@ -22,11 +22,17 @@ class FastloraWorker(WeightUpdateWorker):
     fastlora_ids: dict[str, int]
     """Name of every adapter that was loaded -> vLLM's number for it."""
 
-    def fastlora_prepare(self) -> dict[str, Any]:
-        """Once after the start: the loader, and the CPU fix where the device is a CPU. What it did."""
+    def fastlora_prepare(self) -> None:
+        """Once after the start: the loader, and the two CPU fixes where the device is a CPU. The engine's log names them."""
+        on_cpu = self.model_runner.device.type == "cpu"
+        if on_cpu:
+            from fastlora.rollout.vllm import cpu_idle
+
+            cpu_idle.install()
+            print("fastlora: the worker sleeps between requests (rollout/vllm/cpu_idle.py)", flush=True)
         manager = getattr(self.model_runner, "lora_manager", None)
         if manager is None:  # an engine without adapters: its weights are updated
-            return {"cpu_lora": False}
+            return
         self.fastlora_ids = {}
         from_files = manager._load_adapter
 
@@ -38,12 +44,11 @@ class FastloraWorker(WeightUpdateWorker):
             return adapter
 
         manager._load_adapter = load
-        on_cpu = manager.device.type == "cpu"
         if on_cpu:
             from fastlora.rollout.vllm import cpu_lora  # imports vLLM's CPU kernels
 
             cpu_lora.install()
-        return {"device": str(manager.device), "cpu_lora": on_cpu}
+            print("fastlora: LoRA by one product per adapter's run of tokens (rollout/vllm/cpu_lora.py)", flush=True)
 
     def fastlora_checksums(self, adapter: str, ranks: dict[str, int]) -> dict[str, list[int]]:
         """Module -> [checksum of A, checksum of B] of an adapter as it lies in the slots.

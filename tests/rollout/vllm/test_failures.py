@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +13,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from fastlora.rollout.sampler import SamplerError
+from fastlora.rollout.vllm import serve
 from fastlora.rollout.vllm.client import EngineGoneError, VllmClient, _completion
 from fastlora.rollout.vllm.policy import Policy
 from fastlora.rollout.vllm.process import EngineStartError
@@ -60,6 +65,61 @@ def fresh_engine(model_folder: Path, tmp_path: Path) -> Iterator[OwnEngine]:
     engine = OwnEngine(engine_process(model_folder, tmp_path / "engine.log", request_timeout=15.0))
     yield engine
     engine.stop()
+
+
+class SlowEngine:
+    """Stands in for vLLM's: a sample takes .4 s, too short for the real signs of life; the core answers as long as it `lives`."""
+
+    def __init__(self, lives: bool) -> None:
+        self.lives, self.asked = lives, 0
+
+    async def is_sleeping(self) -> bool:
+        self.asked += 1
+        await asyncio.sleep(0 if self.lives else 60)
+        return False
+
+    async def pause_generation(self, **_: object) -> None: ...
+
+    async def resume_generation(self) -> None: ...
+
+    async def add_request(self, *_: object, **__: object) -> SlowEngine:
+        return self
+
+    async def get(self) -> SimpleNamespace:
+        await asyncio.sleep(0.4)
+        one = SimpleNamespace(index=0, token_ids=[7], logprobs=[{7: SimpleNamespace(logprob=-0.5)}], finish_reason="stop")
+        return SimpleNamespace(outputs=[one])
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_long_rollout_shows_signs_of_life(lives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank lines, then the answer; from an engine whose core hangs nothing comes, and the client does not wait for long."""
+    from fastapi import FastAPI  # comes with vLLM
+
+    monkeypatch.setattr(serve, "HEARTBEAT_SECONDS", 0.1)
+    app, engine = FastAPI(), SlowEngine(lives)
+    models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "base")
+    app.state.engine_client, app.state.openai_serving_models = engine, models
+    serve._add_route(app)
+    sample = next(route.endpoint for route in app.routes if route.path == "/fastlora/sample")
+
+    async def parts() -> list[bytes]:
+        response = await sample({"model": "base", "prompts": [[1]], "seeds": [0], "params": {"max_tokens": 1}})
+        found: list[bytes] = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                found = [part async for part in response.body_iterator]
+        return found
+
+    found = asyncio.run(parts())
+    assert engine.asked >= 1
+    if lives:
+        assert len(found) >= 3 and set(found[:-1]) == {b"\n"}
+        assert json.loads(b"".join(found)) == {
+            "model": "base", "samples": [[{"token_ids": [7], "logprobs": [-0.5], "finish_reason": "stop"}]],
+        }  # fmt: skip
+    else:
+        assert found == []
 
 
 def test_killed_then_hung_then_gone_for_good(fresh_engine: OwnEngine, engine: KeptEngine) -> None:

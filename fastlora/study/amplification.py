@@ -1,0 +1,134 @@
+"""Do ranks move the gradient's shares further than √r does? One cell's profile against the uniform cell's, over the same steps.
+
+    share'_l ∝ share_l √(r'_l / r_l)                                              the prediction (allocation.sqrt_rank_shares)
+    log(share'_l / share_l) = c + β log(r'_l / r_l)                               β by least squares over the layers; √r says ½
+    excess = (β − ½) log(max r' / min r')                                         in the units of a log max/min ratio
+
+The max/min ratio, the paper's measure, looks at two layers of thirty, and ranks that were chosen by a profile know its noise: the layer
+that a short run shows too strong gets too many ranks, and is weaker when it is measured again. Proportional ranks then fall short of √r
+and inverse ones exceed it by as much. Whether rank alone does it is therefore asked of ranks that know nothing of the profile, by all
+layers; the paper's claims are asked of the paper's ranks, by its ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlora.allocation import share_ratio, sqrt_rank_shares
+from fastlora.analysis.gradient_profile import LayerNorms, Measure
+from fastlora.study.claims import Claim, Decision, Estimate, Region, above, by_interval, within
+from fastlora.study.resampling import over_steps
+
+SOURCE = "arXiv 2605.07366"
+IGNORANT = ("random", "shuffled-proportional")
+"""Strategies whose ranks do not depend on the profile's order."""
+NEAR = 0.1
+"""Of a ratio, within which measured and predicted count as equal, and beyond which one counts as more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """What one cell's gradients say, against the uniform cell of its seed and scale mode; over the steps that had a gradient in both."""
+
+    strategy: str
+    seed: int
+    ranks_l: tuple[int, ...]
+    norms: LayerNorms
+    """Raw, of all steps."""
+    shares: Mapping[Measure, NDArray[np.float64]]
+    """Shares of the layers [l, s]."""
+    uniform: Mapping[Measure, NDArray[np.float64]]
+    """Those of the uniform cell at the same steps."""
+    uniform_ranks_l: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """s."""
+        return self.shares["raw"].shape[1]
+
+    @property
+    def change_l(self) -> NDArray[np.float64]:
+        """Of the mean raw share against the uniform cell."""
+        return np.asarray(self.shares["raw"].mean(axis=1) - self.uniform["raw"].mean(axis=1))
+
+    def ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
+        """Max/min ratio of the shares, mean over these steps."""
+        return max_min(self.shares[measure], steps)
+
+    def uniform_ratio(self, measure: Measure, steps: NDArray[np.int64]) -> float:
+        """The same of the uniform cell."""
+        return max_min(self.uniform[measure], steps)
+
+    def predicted_ratio(self, steps: NDArray[np.int64]) -> float:
+        """The raw ratio if rank did nothing but add rows."""
+        return share_ratio(self.predicted_shares(steps))
+
+    def excess(self, steps: NDArray[np.int64]) -> float:
+        """How much further than √r the ranks have moved the raw shares, by all layers that have a rank; see the module."""
+        ranks_l = np.array(self.ranks_l, dtype=float)
+        kept = ranks_l > 0
+        x_l = np.log(ranks_l[kept] / np.array(self.uniform_ranks_l)[kept])
+        y_l = np.log(self.shares["raw"][:, steps].mean(axis=1)[kept] / self.uniform["raw"][:, steps].mean(axis=1)[kept])
+        slope, _ = np.polyfit(x_l, y_l, 1)
+        return float((slope - 0.5) * np.ptp(x_l))
+
+    @property
+    def excess_interval(self) -> Estimate:
+        """`excess` over all steps, blocks of them resampled."""
+        return over_steps(self.excess, self.num_steps)
+
+    def predicted_shares(self, steps: NDArray[np.int64]) -> tuple[float, ...]:
+        """√r on the uniform cell's shares over these steps; the scale is constant in the first scale mode, which is the one predicted."""
+        return sqrt_rank_shares(self.uniform["raw"][:, steps].mean(axis=1).tolist(), self.uniform_ranks_l, self.ranks_l)
+
+
+def max_min(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
+    """Max/min ratio over the layers of shares [l, s], mean over these steps."""
+    return share_ratio(shares_ls[:, steps].mean(axis=1).tolist())
+
+
+def amplification_claims(one: Profiled) -> Iterator[Claim]:
+    """The paper's reading of proportional ranks, and its confrontation with √r."""
+    published = "max/min 2.17 → 3.00; √r alone predicts 3.07"
+
+    def measured(steps: NDArray[np.int64]) -> float:
+        return math.log(one.ratio("raw", steps) / one.uniform_ratio("raw", steps))
+
+    def beyond(steps: NDArray[np.int64]) -> float:
+        return math.log(one.ratio("raw", steps) / one.predicted_ratio(steps))
+
+    def without_rank(steps: NDArray[np.int64]) -> float:
+        return math.log(one.ratio("delta_w", steps) / one.uniform_ratio("delta_w", steps))
+
+    amplified = "log of the raw max/min ratio, proportional over uniform"
+    over_prediction = "log of the raw max/min ratio over its √r prediction"
+    of_delta_w = "log of the max/min ratio of ‖∂L/∂ΔW‖, proportional over uniform"
+    for text, statistic, region, what in (
+        ("Ranks by the profile amplify the imbalance of the gradient's shares", measured, above(0.0), amplified),
+        (f"The amplification is over {NEAR:.0%} more than √r makes of the uniform profile", beyond, above(NEAR), over_prediction),
+        (f"√r makes the amplification of ranks by the profile, to {NEAR:.0%} of the ratio", beyond, within(-NEAR, NEAR), over_prediction),
+        (f"With the rank taken out (∂L/∂ΔW) the imbalance still grows by over {NEAR:.0%}", without_rank, above(NEAR), of_delta_w),
+    ):
+        yield by_steps(one.num_steps, statistic, region, f"{what}, seed {one.seed}").claim(
+            text, source=f"{SOURCE}, section 5", published=published
+        )
+
+
+def sqrt_law_claim(one: Profiled) -> Claim:
+    """Of ranks that know nothing of the profile."""
+    what = f"(β − ½) log(max r / min r), by all layers, {one.strategy} ranks, seed {one.seed}"
+    return by_steps(one.num_steps, one.excess, within(-NEAR, NEAR), what).claim(
+        f"A rank moves its layer's share by √r and nothing else, to {NEAR:.0%} of the ratio ({one.strategy} ranks)",
+        source="control, not published",
+        published="not run",
+    )
+
+
+def by_steps(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Region, what: str) -> Decision:
+    """Decides from `over_steps`."""
+    return by_interval(over_steps(statistic, num_steps), region, f"{what} (blocks of steps resampled)")

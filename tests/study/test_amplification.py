@@ -1,0 +1,67 @@
+"""The √r law and the paper's ratio, on profiles whose truth is planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastlora.allocation import allocate
+from fastlora.analysis.gradient_profile import LayerNorms
+from fastlora.study.amplification import Profiled, amplification_claims, sqrt_law_claim
+
+LAYERS, STEPS, RANK = 30, 48, 16
+TRUE_L = 1 + np.linspace(0, 1.2, LAYERS) ** 2
+
+
+def noisy_shares(true_l: NDArray[np.float64], rng: np.random.Generator, noise: float) -> NDArray[np.float64]:
+    """[l, s]: a layer's own lasting deviation in this run, and noise from step to step."""
+    norms_ls = true_l[:, None] * np.exp(noise * rng.standard_normal((LAYERS, 1)) + noise * rng.standard_normal((LAYERS, STEPS)))
+    return np.asarray(norms_ls / norms_ls.sum(axis=0))
+
+
+def profiled(strategy: str, *, exponent: float, noise: float, seed: int = 0) -> Profiled:
+    """A cell whose norms go as r^exponent, ranks chosen by the uniform run's own profile where the strategy does that."""
+    rng = np.random.default_rng(seed)
+    uniform_ls = noisy_shares(TRUE_L, rng, noise)
+    ranks_l = allocate(strategy, uniform_ls.mean(axis=1).tolist(), LAYERS * RANK, r_min=4, r_max=64, seed=seed)
+    true_l = TRUE_L * (np.array(ranks_l) / RANK) ** exponent
+    shares_ls = noisy_shares(true_l, rng, noise)
+    norms = LayerNorms(np.arange(LAYERS, dtype=np.int32), np.arange(STEPS, dtype=np.int32), shares_ls)
+    of = {"raw": shares_ls, "delta_w": noisy_shares(TRUE_L, rng, noise)}
+    return Profiled(strategy, 0, ranks_l, norms, of, {"raw": uniform_ls, "delta_w": uniform_ls}, (RANK,) * LAYERS)
+
+
+def test_without_noise_the_excess_is_the_exponent_s_own() -> None:
+    for exponent in (0.0, 0.5, 0.8):
+        one = profiled("random", exponent=exponent, noise=0.0)
+        reach = np.log(max(one.ranks_l) / min(one.ranks_l))
+        assert one.excess(np.arange(STEPS)) == pytest.approx((exponent - 0.5) * reach, abs=1e-12)
+
+
+@pytest.mark.parametrize(("exponent", "verdict"), [(0.5, "supported"), (0.8, "not supported"), (0.2, "not supported")])
+@pytest.mark.parametrize("strategy", ["random", "shuffled-proportional"])
+def test_the_law_is_decided_by_ranks_that_know_nothing(strategy: str, exponent: float, verdict: str) -> None:
+    assert sqrt_law_claim(profiled(strategy, exponent=exponent, noise=0.03)).verdict == verdict
+
+
+def test_ranks_by_the_profile_regress_to_its_mean() -> None:
+    """√r alone, and a lasting deviation of each run: proportional ranks fall short of it, inverse ones exceed it, random ones do not."""
+    mean = {
+        strategy: np.mean([profiled(strategy, exponent=0.5, noise=0.2, seed=seed).excess(np.arange(STEPS)) for seed in range(20)])
+        for strategy in ("proportional", "inverse-proportional", "random")
+    }
+    assert mean["proportional"] < -0.05 and mean["inverse-proportional"] > 0.05
+    assert abs(mean["random"]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("exponent", "verdicts"),
+    [
+        (0.5, ["supported", "not supported", "supported", "not supported"]),  # the paper's numbers
+        (0.9, ["supported", "supported", "not supported", "not supported"]),
+    ],
+)
+def test_the_paper_s_claims(exponent: float, verdicts: list[str]) -> None:
+    claims = amplification_claims(profiled("proportional", exponent=exponent, noise=0.01))
+    assert [claim.verdict for claim in claims] == verdicts
