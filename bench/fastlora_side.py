@@ -71,9 +71,8 @@ def serve_updates(trainer: Trainer, parts: Parts, commands: Commands, report: Re
 
 def update(trainer: Trainer, batch: TrainBatch) -> None:
     """Every optimizer step of one generation batch (one, here)."""
-    sums: dict[str, list[float]] = defaultdict(list)
-    for window in trainer._windows(batch):
-        trainer._optimizer_step(window, sums)
+    for _ in trainer.optimizer_steps(batch, defaultdict(list)):
+        pass
 
 
 def serve_steps(trainer: Trainer, run: Path, commands: Commands, report: Report) -> None:

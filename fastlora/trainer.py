@@ -119,12 +119,18 @@ class Trainer:
         check_interrupt()
         sums: dict[str, list[float]] = defaultdict(list)
         with timer("update"):
-            for window in self._windows(data.batch):
-                norms = self._optimizer_step(window, sums)
+            for norms in self.optimizer_steps(data.batch, sums):
                 if self.parts.adapter is not None:
                     writer.gradient_norms(step, self.parts.flat.segments, *norms)
         writer.completions(data.samples)
         return self._finish_step(step, data, sums, timer.lap())
+
+    def optimizer_steps(self, batch: TrainBatch, sums: dict[str, list[float]]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Takes every optimizer step of one generation batch; metrics are appended to `sums`. Yields each gradient's norms, as
+        `MetricsWriter.gradient_norms` takes them.
+        """
+        for window in self._windows(batch):
+            yield self._optimizer_step(window, sums)
 
     def _windows(self, batch: TrainBatch) -> Iterator[list[TrainBatch]]:
         """The micro-batches of one generation batch, `num_iterations` times over, in groups of one optimizer step."""
@@ -136,7 +142,7 @@ class Trainer:
     def _optimizer_step(self, window: list[TrainBatch], sums: dict[str, list[float]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Backward through every micro-batch of the window, then one step; its metrics are appended to `sums`.
 
-        Returns the norms of the gradient as `MetricsWriter.gradient_norms` takes them.
+        Returns the norms of the gradient.
         """
         total = 0.0
         for micro_batch in window:

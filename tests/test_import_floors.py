@@ -87,6 +87,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.scoring",
         "fastlora.serve_adapter",
         "fastlora.session",
+        "fastlora.update_time",
     ),
     ("fastlora.study",),
     ("train",),

@@ -2,12 +2,13 @@
 
 Stage 1: the probe (fastlora/probe.py) scores the layers of the untouched model, once a seed, and `repeats` times more to tell how alike the
 scores of other batches are; the base model answers whatever stage 3 asks (what cannot be asked is found before the training).
-Stage 2: for every objective, selection and seed a run with adapters on the chosen layers; `all` has them on every layer.
+Stage 2: for every objective, selection and seed a run with adapters on the chosen layers; `all` has them on every layer. And for every
+objective the updates of the first seed's selections, which take turns in one process (fastlora/update_time.py).
 Stage 3: what was forgotten. Every adapter answers the problems of another task, if `second_task` gives one, and public benchmarks, if
 `harness` names any.
 
 Time is that of the update (loss, backward, clip, step): a selection saves adapters, and the backward pass below its lowest layer. How near
-that comes to the FLOPs is measured by `python -m bench.layer_selection`, alone on the machine.
+that comes to the FLOPs is measured by `python -m bench.layer_selection`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +39,12 @@ from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 from fastlora.study.tasks import EVALUATION_FILE
+from fastlora.update_time import UpdateTimes
 
 SOURCE = "arXiv 2604.15351"
-ALL, TOP, RANDOM = "all", "top", "random"
+ALL, TOP = "all", "top"
+TIMES = "update time/"
+"""Cells that time updates; one an objective."""
 LEAST_SAVED = 0.15
 """Published are 15 to 28 % less training time, 23.1 % on average."""
 MARGIN = 0.03
@@ -78,9 +83,19 @@ class LayerSelection:
             for selection in self.own.selections
             for seed in self.config.seeds
         ]
-        trained = yield cells
+        trained = yield [*cells, *self._times(folders)]
         if afterwards := [one for cell in cells for one in self._afterwards(cell.name, RunFolder(trained[cell.name]).adapter)]:
             yield afterwards
+
+    def _times(self, probes: Mapping[str, Path]) -> Iterator[Cell]:
+        """What an update of each selection costs; nothing where `all` is none of them, to compare with."""
+        if not self._has_all:
+            return
+        seed = self.config.seeds[0]
+        probe = probes[f"probe/seed-{seed}"]
+        runs = {selection: _lora(self._chosen(selection, probe, seed)) for selection in self.own.selections}
+        for objective in self.own.objectives:
+            yield Cell(f"{TIMES}{objective}", self._run({}, objective, seed), "update_time", {"runs": runs})
 
     def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
         """`lora.rank_pattern` of a selection."""
@@ -90,8 +105,7 @@ class LayerSelection:
         return selected_rank_pattern(layers, self.modules, attention_rank=self.own.attention_rank, mlp_rank=self.own.mlp_rank)
 
     def _run(self, ranks: Mapping[str, int], objective: str, seed: int) -> RunConfig:
-        lora = {"rank_pattern": dict(ranks), "rank_budget": None, "parameter_budget": None, **({"r": 0} if ranks else {})}
-        return self.config.run_config({"seed": seed, "objective": objective, "lora": lora}, f"{objective}, seed {seed}")
+        return self.config.run_config({"seed": seed, "objective": objective, "lora": _lora(ranks)}, f"{objective}, seed {seed}")
 
     def _afterwards(self, name: str, adapter: Path | None) -> Iterator[Cell]:
         """An adapter, or the base model, on the second task and on public benchmarks; nothing where none is named."""
@@ -106,13 +120,20 @@ class LayerSelection:
         """Tables, figures and verdicts of all cells."""
         probes = {name: folder for name, folder in folders.items() if name.startswith("probe/")}
         second, harness = _under("second task/", folders), _under("harness/", folders)
-        trained = {name: folder for name, folder in folders.items() if not name.startswith(("probe/", "second task/", "harness/"))}
+        others = ("probe/", TIMES, "second task/", "harness/")
+        trained = {name: folder for name, folder in folders.items() if not name.startswith(others)}
         cells = by_strategy(trained)
         found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
-        times = {name: self._time_ratio(cells, name) for name in cells if not name.startswith(f"{ALL}-")} if self._has_all else {}
-        claims = (*self._claims(probes, times), *map(self._accuracy_claim, found))
+        times = {name: UpdateTimes.read(folder).seconds for name, folder in _under(TIMES, folders).items()}
+        ratios = {
+            f"{selection}-{objective}": time_ratio(seconds[selection], seconds[ALL])
+            for objective, seconds in times.items()
+            for selection in seconds
+            if selection != ALL
+        }
+        claims = (*self._claims(probes, ratios), *map(self._accuracy_claim, found))
         may, may_not = conclusions(claims)
-        tables = [accuracy_table(cells, {}), self._selection_table(cells, times), self._probe_table(probes)]
+        tables = [accuracy_table(cells, {}), self._selection_table(cells, times, ratios), self._probe_table(probes)]
         tables += [comparison_table(found, {})] if found else []
         tables += [_forgetting_table(second)] if second else []
         tables += [harness_table(harness)] if harness else []
@@ -123,7 +144,7 @@ class LayerSelection:
             (*may_not, not_run(self.config.base_run().model.name, self.own.harness)),
             claims,
             tuple(tables),
-            self._pictures(cells, probes, times),
+            self._pictures(cells, probes, ratios),
             setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
         )
 
@@ -147,22 +168,11 @@ class LayerSelection:
         text = f"{one.second} is more accurate than {one.first}"
         return accuracy_claim(text, one.second_is_higher(), sample, source="control, not published", published="not run")
 
-    def _time_ratio(self, cells: Cells, name: str) -> Estimate:
-        """Seconds of an update over those of `all`: ratio of medians over the steps, first seed."""
-        objective = name.rpartition("-")[2]
-        seed = self.config.seeds[0]
-        own, everything = (cells[one][seed].column("seconds/update") for one in (name, f"{ALL}-{objective}"))
-
-        def ratio(steps: NDArray[np.int64]) -> float:
-            return float(np.median(own[steps]) / np.median(everything[steps]))
-
-        return over_steps(ratio, min(len(own), len(everything)))
-
     def _claims(self, probes: Mapping[str, Path], times: Mapping[str, Estimate]) -> Iterator[Claim]:
         for objective in self.own.objectives:
             if (ratio := times.get(f"{TOP}-{objective}")) is not None:
                 saved = Estimate(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
-                what = f"1 − update seconds of {TOP} over {ALL}, {objective} (blocks of steps resampled)"
+                what = f"1 − update seconds of {TOP} over {ALL} in the same round, {objective} (blocks of rounds resampled)"
                 yield by_interval(saved, above(LEAST_SAVED), what).claim(
                     f"Adapters on the layers that the probe chose train at least {LEAST_SAVED:.0%} faster ({objective})",
                     source=SOURCE,
@@ -180,13 +190,14 @@ class LayerSelection:
                 "Five probe batches suffice to order the layers", source=SOURCE, published="5 batches of 1, no interval"
             )
 
-    def _selection_table(self, cells: Cells, times: Mapping[str, Estimate]) -> Table:
+    def _selection_table(self, cells: Cells, times: Mapping[str, Mapping[str, Sequence[float]]], ratios: Mapping[str, Estimate]) -> Table:
         rows = []
         for name, by_seed in cells.items():
             cell = by_seed[self.config.seeds[0]]
             layers = sorted({int(module.split(".layers.")[1].split(".")[0]) for module in cell.ranks})
-            ratio = times.get(name)
-            seconds = float(np.median(cell.column("seconds/update")))
+            ratio = ratios.get(name)
+            selection, _, objective = name.rpartition("-")
+            seconds = float(np.median(times[objective][selection])) if objective in times else None
             shown = runs_of(layers)
             limits = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
             rows.append((name, shown, min(layers), cell.run.summary.trainable_parameters, seconds, *limits))
@@ -195,7 +206,8 @@ class LayerSelection:
             "What was chosen, and what an update costs",
             ("cell", "layers", "lowest", "parameters", "update s", "× all", "low", "high"),
             tuple(rows),
-            f"Seed {self.config.seeds[0]}. The backward pass ends at the lowest adapted layer, so that layer 0 in a choice costs most.",
+            f"Seed {self.config.seeds[0]}. The updates of all selections take turns in one process, on one batch; the ratio is a median of "
+            "rounds. The backward pass ends at the lowest adapted layer, so that layer 0 in a choice costs most.",
         )
 
     def _probe_table(self, probes: Mapping[str, Path]) -> Table:
@@ -224,13 +236,24 @@ class LayerSelection:
         ]
         if times:
             shown = intervals(times, "update seconds over those of all layers", reference=1.0)
-            pictures.append(Picture("update-time", "Time of an update", shown, "Blocks of steps resampled, first seed."))
+            pictures.append(Picture("update-time", "Time of an update", shown, "Blocks of rounds resampled, first seed."))
         return tuple(pictures)
 
 
 def named(selection: str, objective: str, seed: int) -> str:
     """A cell's name."""
     return f"{selection}-{objective}/seed-{seed}"
+
+
+def _lora(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Settings of [lora] for these ranks and no others; no ranks: the config's own."""
+    return {"rank_pattern": dict(ranks), "rank_budget": None, "parameter_budget": None, **({"r": 0} if ranks else {})}
+
+
+def time_ratio(own: Sequence[float], everything: Sequence[float]) -> Estimate:
+    """Seconds of an update over those of `all` in the same round: median over the rounds, blocks of them resampled."""
+    ratio_i = np.divide(own, everything)
+    return over_steps(lambda rounds: float(np.median(ratio_i[rounds])), len(ratio_i))
 
 
 def runs_of(layers: Sequence[int]) -> str:

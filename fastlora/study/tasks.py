@@ -57,6 +57,13 @@ def score(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say)
     run_score(config, folder, options, say)
 
 
+def update_time(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Seconds of an update of several runs that take turns: update_time.json."""
+    from fastlora.update_time import run_update_time
+
+    run_update_time(config, folder, options, say)
+
+
 def evaluate(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """Greedy answers of the base model, or of lora.init_from on it, to the config's held-out problems: evaluation.jsonl."""
     from fastlora.evaluate.adapter import evaluate_adapter
@@ -87,6 +94,7 @@ TASKS: dict[str, Task] = {
     "train": train,
     "probe": probe,
     "score": score,
+    "update_time": update_time,
     "evaluate": evaluate,
     "harness": harness,
     "shira": shira,

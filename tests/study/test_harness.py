@@ -360,7 +360,9 @@ def test_the_base_model_is_asked_first_and_every_adapter_last(tmp_path: Path) ->
     assert (base.task, base.config.lora.init_from) == ("harness", None)
     assert base.options == study.own.harness.model_dump() and base.options["num_fewshot"] == {"mmlu": 5}
     trained = plan.send({"probe/seed-0": scores(tmp_path / "probe", study.modules)})
-    names = [cell.name for cell in trained]
+    assert (trained[-1].name, trained[-1].task) == ("update time/sft", "update_time")
+    assert list(trained[-1].options["runs"]) == ["all", "top"]
+    names = [cell.name for cell in trained[:-1]]
     last = plan.send({name: tmp_path / name for name in names})
     assert [cell.name for cell in last] == [f"harness/{name}" for name in names] == ["harness/all-sft/seed-0", "harness/top-sft/seed-0"]
     assert [cell.config.lora.init_from for cell in last] == [tmp_path / name / "adapter" for name in names]
