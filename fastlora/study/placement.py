@@ -52,8 +52,11 @@ VALUE_PATH = ("v_proj", "o_proj", "down_proj")
 """Where the chosen entries are said to concentrate."""
 ORTHOGONAL = 0.2
 """Mean cosine of consecutive gradients below which they are called nearly orthogonal."""
-PUBLISHED_STEPS, MOST_SHARE = 3200, 0.005
+PUBLISHED_STEPS, MOST_PERCENT = 3200, 0.5
 """Scoring is said to cost less than .5 % of the training; with 16 batches that needs some 3,200 steps."""
+PROCESSES_DIFFER = 0.25
+"""Updates of one config took .36 s in one process and .46 in another (LOG.md): a share of time that was not taken in turns, as
+fastlora/update_time.py does, is known no better."""
 MARGIN = 0.03
 
 
@@ -245,11 +248,12 @@ class Placement:
             steps = [
                 float(np.sum(list(cell.seconds.values()))) / cell.run.summary.steps for cell in cells[f"lora-{one.objective}"].values()
             ]
-            share = one.seconds / (PUBLISHED_STEPS * float(np.mean(steps)))
+            percent = 100 * one.seconds / (PUBLISHED_STEPS * float(np.mean(steps)))
             here = one.seconds / (self.config.base_run().trainer.steps * float(np.mean(steps)))
-            held = {f"{share:.2%} of {PUBLISHED_STEPS:,} steps, {here:.0%} of the steps here": share < MOST_SHARE}
-            yield by_property(held, f"scoring seconds below {MOST_SHARE:.1%} of {PUBLISHED_STEPS:,} steps").claim(
-                f"Scoring is cheap ({one.objective}, seed {one.seed}: {one.seconds:.0f} s)",
+            limits = Estimate(percent, percent * (1 - PROCESSES_DIFFER), percent * (1 + PROCESSES_DIFFER))
+            what = f"scoring seconds in % of {PUBLISHED_STEPS:,} steps, ± {PROCESSES_DIFFER:.0%} as two processes differ"
+            yield by_interval(limits, below(MOST_PERCENT), what).claim(
+                f"Scoring is cheap ({one.objective}, seed {one.seed}: {one.seconds:.0f} s, {here:.0%} of the steps here)",
                 source=SOURCE,
                 published="< 10 s, < .5 %",
             )
