@@ -3,7 +3,7 @@
 For a second after every message vLLM 0.32's worker looks into its shared memory without a pause; only then it waits to be notified. On two
 cores that second is the first of the trainer's next phase, whose parallel regions each wait for the thread that has no core. It sleeps
 POLL_SECONDS between two looks here, and so finds a message that much later: 1 % of a decode step of SmolLM2. (Waiting for the
-notification at once is no way out: some get lost, and a rollout stands still.) Applied by FastloraWorker on CPU only.
+notification at once is no way out: rollouts stood still for five seconds, as if some were lost.) Applied by FastloraWorker on CPU only.
 """
 
 from __future__ import annotations
