@@ -106,7 +106,7 @@ peers = ["shira"]
 def test_reward_density(tmp_path: Path) -> None:
     section = """
 [reward_density]
-ranks = [1, 2]
+ranks = [1]
 full = false
 teacher_rank = 2
 teacher_steps = 4
@@ -121,7 +121,7 @@ grader = "first_integer"
     cells, tables, page = run(tmp_path, "reward-density", section)
     assert set(cells) == {
         "teacher/seed-0",
-        *(f"{regime} r {rank}/seed-0" for regime in ("outcome", "process", "distillation") for rank in (1, 2)),
+        *(f"{regime} r 1/seed-0" for regime in ("outcome", "process", "distillation")),
     }
     peaks = {row["cell"]: float(row["peak advantage std"]) for row in tables["dynamics"]}
     assert peaks["distillation r 1"] > 0
