@@ -245,13 +245,8 @@ class _GradientProfile:
     def write(self) -> None:
         if self._rows:
             rows = pa.concat_tables(self._rows)
-            self._write_part(self._path / f"step-{rows['step'][0].as_py():06d}.parquet", rows)
+            _write_part(self._path / f"step-{rows['step'][0].as_py():06d}.parquet", rows)
             self._rows = []
-
-    def _write_part(self, part: Path, rows: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(rows, sink)
-        atomic_write_bytes(part, sink.getvalue().to_pybytes())
 
     def _cut(self, resume_step: int) -> None:
         """Removes the rows of `resume_step` and later; the last part first, so that a run killed here leaves no gap."""
@@ -260,7 +255,7 @@ class _GradientProfile:
             if not kept.num_rows:
                 part.unlink()
             elif kept.num_rows < rows.num_rows:
-                self._write_part(part, kept)
+                _write_part(part, kept)
 
 
 def _float32(values: Tensor) -> NDArray[np.float32]:
@@ -293,6 +288,12 @@ def _profile_parts(path: Path) -> list[tuple[Path, pa.Table]]:
     if not path.is_dir():
         raise MetricsError(f"{path} {'is no folder' if path.exists() else 'is missing'}; every run writes one when it starts")
     return [(part, _read_part(part)) for part in sorted(path.glob("step-*.parquet"))]
+
+
+def _write_part(part: Path, rows: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    atomic_write_bytes(part, sink.getvalue().to_pybytes())
 
 
 def _read_part(part: Path) -> pa.Table:

@@ -36,8 +36,9 @@ class SharedModule:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For many small operations on the CPU beside an engine that has just answered: its worker spins on a core for a second, and every
-    parallel region would wait for a thread that has none. Folding and writing SmolLM2's 210 modules: 35 ms instead of 450 with two.
+    """For many small operations on the CPU beside an engine that has just answered: a vLLM worker that is not ours spins on a core for a
+    second (ours sleeps: cpu_idle.py), and every parallel region would wait for a thread that has none. Folding and writing SmolLM2's 210
+    modules beside one that spins: 35 ms instead of 450 with two.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
