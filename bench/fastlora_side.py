@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from fastlora.rollout.sampler import SamplingParams
 from fastlora.rollout.torch import TorchSampler
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
-from fastlora.types import TrainBatch
+from fastlora.update_time import update
 
 
 def serve(contender: Contender, folder: Path, commands: Commands, report: Report) -> None:
@@ -67,12 +66,6 @@ def serve_updates(trainer: Trainer, parts: Parts, commands: Commands, report: Re
         start = Clock.now()
         update(trainer, batch)
         start.report_to(report)
-
-
-def update(trainer: Trainer, batch: TrainBatch) -> None:
-    """Every optimizer step of one generation batch (one, here)."""
-    for _ in trainer.optimizer_steps(batch, defaultdict(list)):
-        pass
 
 
 def serve_steps(trainer: Trainer, run: Path, commands: Commands, report: Report) -> None:

@@ -12,7 +12,7 @@ set's time over that of `all` in the same round. Predicted is the ratio of the F
 
 Targets: the last half takes at least 20 % less time than all, and every ratio is within 10 % of the prediction; status 1 when one is
 missed. A table on stdout, progress on stderr; rows are appended to OUT/DEVICE/layer_selection.jsonl. --dry-run: completions of 8 tokens,
-one round, nothing is written or judged.
+three rounds, nothing is written or judged.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.command_line import parser, positive
-from bench.contender import Clock, Contender
-from bench.fastlora_side import update
+from bench.contender import Contender
 from bench.gemm_peak import lora_work
 from bench.op_cases import packaged_model
 from bench.ops import table_console
@@ -50,6 +50,8 @@ from fastlora.ops.registry import use_implementation
 from fastlora.probe import probe
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
+from fastlora.turns import LEAST_ROUNDS, Say, take_turns
+from fastlora.update_time import update
 
 BatchKind = Literal["grpo", "sft"]
 POINTS: Mapping[BatchKind, Point] = {"grpo": Point(), "sft": Point(num_prompts=16, num_generations=1)}
@@ -58,7 +60,6 @@ DRY_TOKENS = 8
 LEAST_SAVED, NEAR_PREDICTION = 0.20, 0.10
 PROBED_AT_ONCE = 10
 
-Say = Callable[[str], None]
 Sets = Mapping[str, Sequence[int]]
 
 
@@ -80,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     command = parser("bench.layer_selection", __doc__)
-    command.add_argument("--pairs", type=positive, default=7, metavar="N", help="rounds (default 7)")
+    command.add_argument("--pairs", type=positive, default=7, metavar="N", help="rounds, 3 at least (default 7)")
     command.add_argument("--layers", type=_layers, metavar="L,L,...", help="one more set of layers")
-    command.add_argument("--dry-run", action="store_true", help="completions of 8 tokens, one round, nothing written or judged")
+    command.add_argument("--dry-run", action="store_true", help="completions of 8 tokens, three rounds, nothing written or judged")
     return command.parse_args(argv)
 
 
@@ -118,19 +119,13 @@ def layer_sets(folder: Path, point: Point, own: Sequence[int] | None, say: Say) 
 
 def race_sets(folder: Path, kind: BatchKind, point: Point, sets: Sets, options: argparse.Namespace, say: Say) -> Iterator[Row]:
     """A row for every set, on one batch."""
-    seconds: dict[str, list[float]] = {name: [] for name in sets}
     with ExitStack() as stack, use_implementation("cpp"):
         updates = {}
         for name, layers in sets.items():
-            say(f"{kind}, {name}: load and warm up")
+            say(f"{kind}, {name}: load")
             updates[name] = ready_update(layers_config(folder, kind, point, layers), point, folder, stack)
-            updates[name]()
-        for number in range(1 if options.dry_run else options.pairs):
-            for name, run in updates.items():
-                start = Clock.now()
-                run()
-                seconds[name].append(Clock.now().wall - start.wall)
-            say(f"{kind}: round {number + 1}")
+        rounds = LEAST_ROUNDS if options.dry_run else options.pairs
+        seconds = take_turns(updates, rounds, lambda message: say(f"{kind}: {message}")).seconds
     work = {name: lora_work(packaged_model(), point.groups, point.rank, layers).flops for name, layers in sets.items()}
     for name, layers in sets.items():
         yield {
@@ -164,7 +159,7 @@ def ready_update(config: RunConfig, point: Point, folder: Path, stack: ExitStack
     stack.enter_context(parts.rewards)
     trainer = Trainer(config, parts, RunFolder(folder))
     batch = random_batch(point, parts.model.module.config.vocab_size)
-    return lambda: update(trainer, batch)
+    return partial(update, trainer, batch)
 
 
 def missed(row: Row) -> bool:

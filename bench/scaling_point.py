@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 
 from bench.contender import Clock, Commands, Contender, Report
-from bench.fastlora_side import update
 from bench.gemm_peak import Group
 from bench.record import randomize_b
 from bench.worker import serve as serve_streams
@@ -29,6 +28,7 @@ from fastlora.ops.registry import use_implementation
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
 from fastlora.types import TrainBatch
+from fastlora.update_time import update
 
 POINT_FILE = "point.json"
 

@@ -34,6 +34,7 @@ from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 from fastlora.gradient_structure import GradientRows, Structure, structure_of
 from fastlora.lora.packed import PackedAdapter, Slot
+from fastlora.objectives import Timer
 from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer
 
@@ -145,37 +146,68 @@ def scoring_config(config: RunConfig, batches: int) -> RunConfig:
 
 def accumulate(config: RunConfig, parts: Parts, batches: int, say: Say) -> EntryScores:
     """The sums over `batches` generation batches with a gradient; config: of `scoring_config`."""
-    assert parts.adapter is not None
-    flat, adapter = parts.flat, parts.adapter
-    first = min(slot.b_offset for slot in adapter.slots.values())  # all B lie behind all A
-    sums_4b = torch.zeros(len(SUMS), len(flat.grad) - first, device=flat.grad.device)
-    rows = GradientRows(_by_projection(adapter), batches, seed=config.seed, device=flat.grad.device)
+    scorer = Scorer(config, parts, batches)
     seconds: Counter[str] = Counter()
     silent = step = 0
-    while rows.added < batches:
+    while scorer.rows.added < batches:
         step += 1
         if step > config.trainer.steps:
             raise ScoringError(
-                f"only {rows.added} of {step - 1} batches had a gradient, {batches} are needed: "
+                f"only {scorer.rows.added} of {step - 1} batches had a gradient, {batches} are needed: "
                 "in all others the rewards of every group were equal. Use other problems, more samples or a higher temperature"
             )
         timer = StepTimer()
-        batch = parts.objective.collect(step, 0, timer).batch
+        silent += not scorer.add(step, timer)
+        seconds.update({name.removeprefix("seconds/"): value for name, value in timer.lap().items()})
+        say(f"scoring: {scorer.rows.added} of {batches} batches" + (f", {silent} more without a gradient" if silent else ""))
+    return scorer.scores(silent, seconds)
+
+
+class Scorer:
+    """The sums and gradients of the batches that were added."""
+
+    def __init__(self, config: RunConfig, parts: Parts, batches: int) -> None:
+        """config: of `scoring_config`, from which `parts` were built; batches: the most that have a gradient."""
+        assert parts.adapter is not None
+        self._config, self._parts, self._adapter, self._grad = config, parts, parts.adapter, parts.flat.grad
+        self._first = min(slot.b_offset for slot in parts.adapter.slots.values())  # all B lie behind all A
+        self._sums_4b = torch.zeros(len(SUMS), len(self._grad) - self._first, device=self._grad.device)
+        self.rows = GradientRows(_by_projection(parts.adapter), batches, seed=config.seed, device=self._grad.device)
+        loss = config.loss
+        self._only_advantages = config.objective == "grpo" and loss.function is None and loss.beta == loss.entropy_coef == 0
+
+    def add(self, step: int, timer: Timer) -> bool:
+        """Generation batch `step` (from 1). False when its gradient is zero everywhere, which then nothing is added of."""
+        batch = self._parts.objective.collect(step, 0, timer).batch
+        if self._only_advantages and not bool(batch.advantages_nt.any()):
+            return False
         with timer("update"):
-            for micro_batch in batch.split(config.steps_per_generation):
-                loss, _ = parts.objective.loss(micro_batch)
+            for micro_batch in batch.split(self._config.steps_per_generation):
+                loss, _ = self._parts.objective.loss(micro_batch)
                 if loss.requires_grad:  # a micro-batch without completion tokens has nothing to differentiate
                     loss.backward()
-            if bool(flat.grad.any()):
-                add_to_sums(sums_4b, flat.grad[first:])
-                rows.add(flat.grad)
-            else:
-                silent += 1
-            flat.grad.zero_()
-        seconds.update({name.removeprefix("seconds/"): value for name, value in timer.lap().items()})
-        say(f"scoring: {rows.added} of {batches} batches" + (f", {silent} more without a gradient" if silent else ""))
-    sums = {name: _module_sums(sums_4b, slot, first) for name, slot in adapter.slots.items()}
-    return _scores(config, sums, silent, seconds, rows)
+            signal = bool(self._grad.any())
+            if signal:
+                add_to_sums(self._sums_4b, self._grad[self._first :])
+                self.rows.add(self._grad)
+            self._grad.zero_()
+        return signal
+
+    def scores(self, silent: int, seconds: Mapping[str, float]) -> EntryScores:
+        """Of all that was added; silent: batches without a gradient."""
+        config, grams = self._config, self.rows.grams()
+        return EntryScores(
+            sums={name: _module_sums(self._sums_4b, slot, self._first) for name, slot in self._adapter.slots.items()},
+            model=config.model.name,
+            objective=config.objective,
+            batches=self.rows.added,
+            batches_without_signal=silent,
+            a_seed=config.seed if config.lora.init_seed is None else config.lora.init_seed,
+            seconds=dict(seconds),
+            structure=structure_of(torch.stack(list(grams.values())).sum(0)),
+            structure_by_projection={name: structure_of(gram_bb) for name, gram_bb in grams.items()},
+            exact=self.rows.exact,
+        )
 
 
 def add_to_sums(sums_4b: Tensor, grad_b: Tensor) -> None:
@@ -201,19 +233,3 @@ def _module_sums(sums_4b: Tensor, slot: Slot, first: int) -> Tensor:
     """[4, n, r] of a module, which lies as [r, n]."""
     start = slot.b_offset - first
     return sums_4b[:, start : start + slot.rank * slot.out_features].view(-1, slot.rank, slot.out_features).transpose(1, 2).cpu()
-
-
-def _scores(config: RunConfig, sums: Mapping[str, Tensor], silent: int, seconds: Mapping[str, float], rows: GradientRows) -> EntryScores:
-    grams = rows.grams()
-    return EntryScores(
-        sums=sums,
-        model=config.model.name,
-        objective=config.objective,
-        batches=rows.added,
-        batches_without_signal=silent,
-        a_seed=config.seed if config.lora.init_seed is None else config.lora.init_seed,
-        seconds=dict(seconds),
-        structure=structure_of(torch.stack(list(grams.values())).sum(0)),
-        structure_by_projection={name: structure_of(gram_bb) for name, gram_bb in grams.items()},
-        exact=rows.exact,
-    )

@@ -215,6 +215,12 @@ class RewardDensityConfig(Section):
     """Learning rate of full fine-tuning."""
     collapse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """A run whose accuracy falls below this part of the base model's has collapsed."""
+    collapse_rank: NonNegative = 0
+    """LoRA rank of one more process run that is long enough to collapse; 0 = none."""
+    collapse_steps: Positive = 100
+    """Its steps."""
+    collapse_eval_every: Positive = 10
+    """Steps between its evaluations."""
     runs: dict[str, dict[str, Any]] = {}
     """Regime -> settings of its runs that differ: its rewards, with the section of the reward."""
     teacher_rank: NonNegative = 0

@@ -39,7 +39,7 @@ from fastlora.study.results import Cells, by_strategy
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 from fastlora.study.tasks import EVALUATION_FILE
-from fastlora.update_time import UpdateTimes
+from fastlora.turns import Turns
 
 SOURCE = "arXiv 2604.15351"
 ALL, TOP = "all", "top"
@@ -124,7 +124,7 @@ class LayerSelection:
         trained = {name: folder for name, folder in folders.items() if not name.startswith(others)}
         cells = by_strategy(trained)
         found = compare_cells(cells, [pair for objective in self.own.objectives for pair in self._pairs(objective)])
-        times = {name: UpdateTimes.read(folder).seconds for name, folder in _under(TIMES, folders).items()}
+        times = {name: Turns.read(folder).seconds for name, folder in _under(TIMES, folders).items()}
         ratios = {
             f"{selection}-{objective}": time_ratio(seconds[selection], seconds[ALL])
             for objective, seconds in times.items()

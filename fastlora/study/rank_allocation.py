@@ -1,9 +1,11 @@
 """S1: does a rank by the gradient's profile help GRPO, and what is the published amplification of the profile made of? (arXiv 2605.07366)
 
-Stage 1, one cell a scale mode and seed: every layer has the same rank, the gradient norms of all its A and B are recorded at each step.
-Stage 2: the same budget Σ r by layer, spread by the strategies of fastlora/allocation.py over the profile of stage 1's cell of that seed;
-the first scale mode runs all of them, the others (an ablation) `proportional` alone. Scales are set so that all modes are one run at the
-uniform rank: α = s (constant), s r (alpha/r), s √r (alpha/sqrt(r)).
+Stage 1, two cells a seed: every layer has the same rank, the gradient norms of all its A and B are recorded at each step. `uniform` is
+what everything is compared with; `profile`, on other problems and samples, is what ranks are chosen by. The paper has one run for both: a
+profile that chooses and is then compared with knows its own noise (fastlora/study/amplification.py).
+Stage 2: the same budget Σ r by layer, spread by the strategies of fastlora/allocation.py over that profile; the first scale mode runs all
+of them, the others (an ablation) `proportional` alone. Scales are set so that all modes are one run at the uniform rank: α = s
+(constant), s r (alpha/r), s √r (alpha/sqrt(r)).
 
 The confrontation. The paper reports that the max/min ratio of the layers' shares of gradient norm grows from 2.17 (uniform) to 3.00
 (proportional) and reads it as amplification. A matrix of rank r has r rows of like size, so that √r alone makes norm_l √(r_l / r) of the
@@ -26,7 +28,7 @@ from fastlora.config import RunConfig
 from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
-from fastlora.study.amplification import IGNORANT, SOURCE, Profiled, amplification_claims, by_steps, max_min, sqrt_law_claim
+from fastlora.study.amplification import SAME_BUDGET, SOURCE, Profiled, amplification_claims, by_steps, max_min, sqrt_law_claim
 from fastlora.study.cells import Cell
 from fastlora.study.claims import (
     Claim,
@@ -47,7 +49,9 @@ from fastlora.study.results import CellResult, Cells, by_strategy, read_cell
 from fastlora.study.setting import adapted_modules, setting
 from fastlora.study.studies import Plan
 
-UNIFORM, DYNAMIC = "uniform", "dynamic"
+UNIFORM, DYNAMIC, PROFILE = "uniform", "dynamic", "profile"
+PROFILE_SEED = 1000
+"""Added to a cell's seed: that of the run whose profile chooses its ranks."""
 PUBLISHED_ACCURACY = {"reduced": 0.65, "random": 0.675, "proportional": 0.70, "uniform": 0.745}
 """GSM8K, Qwen2.5-1.5B-Instruct, 200 problems, one seed; the base model .66."""
 PUBLISHED_RATIO = {"uniform": 2.17, "proportional": 3.00, "reduced": 3.57}
@@ -71,15 +75,16 @@ class RankAllocation:
         self._allocated((1.0,) * len(self.layers), UNIFORM, 0)  # an impossible budget is refused before anything runs
 
     def plan(self) -> Plan:
-        """Uniform cells, then those that are made from their profiles."""
+        """Uniform ranks, then those that are made from a profile."""
+        first = self.own.scalings[0]
         folders = yield [
-            Cell(named(UNIFORM, scaling, seed), self._run(self._uniform_ranks(), scaling, seed))
-            for scaling in self.own.scalings
+            Cell(named(strategy, first, seed), self._run(self._uniform_ranks(), first, seed + offset))
+            for strategy, offset in ((UNIFORM, 0), (PROFILE, PROFILE_SEED))
             for seed in self.config.seeds
         ]
         cells = []
         for scaling, seed, strategy in self._later():
-            scores_l = self._scores(folders[named(UNIFORM, scaling, seed)])
+            scores_l = self._scores(folders[named(PROFILE, first, seed)])
             ranks_l = self._uniform_ranks() if strategy == DYNAMIC else self._allocated(scores_l, strategy, seed)
             changes = self._reallocation() if strategy == DYNAMIC else {}
             cells.append(Cell(named(strategy, scaling, seed), self._run(ranks_l, scaling, seed, changes)))
@@ -128,11 +133,13 @@ class RankAllocation:
     def report(self, folders: Mapping[str, Path], command: str) -> StudyReport:
         """Tables, figures and verdicts of all cells."""
         cells = by_strategy(folders)
+        everything = [cell for by_seed in cells.values() for cell in by_seed.values()]
+        profiles = cells.pop(f"{PROFILE} @ {self.own.scalings[0]}")
         main = {name.partition(" @ ")[0]: by_seed for name, by_seed in cells.items() if name.endswith(f" @ {self.own.scalings[0]}")}
         profiled = [self._profiled(main, strategy, seed) for strategy, by_seed in main.items() for seed in by_seed]
         found = compare_cells(main, list(_pairs(main)))
         claims = (
-            *self._mechanism_claims(main, profiled),
+            *self._mechanism_claims(profiles, profiled),
             *(
                 accuracy_claim(
                     f"{one.second} ranks are better than {one.first} ones",
@@ -159,7 +166,7 @@ class RankAllocation:
             claims,
             tables,
             self._pictures(main, profiled),
-            setting(self.config, command, [cell for by_seed in cells.values() for cell in by_seed.values()]),
+            setting(self.config, command, everything),
         )
 
     def _profiled(self, main: Cells, strategy: str, seed: int) -> Profiled:
@@ -180,7 +187,7 @@ class RankAllocation:
         """Rank of each layer, whose modules share one (after the last reallocation, in a dynamic cell)."""
         return tuple(cell.ranks.get(names[0], 0) for names in self.layers)
 
-    def _mechanism_claims(self, main: Cells, profiled: list[Profiled]) -> Iterator[Claim]:
+    def _mechanism_claims(self, profiles: Mapping[int, CellResult], profiled: list[Profiled]) -> Iterator[Claim]:
         kept = {f"{one.strategy}/seed-{one.seed}": sum(one.ranks_l) == self.budget for one in profiled if one.strategy != "reduced"}
         yield by_property(kept, f"Σ r over layers = {self.budget}").claim(
             "Every strategy but `reduced` spends the same budget", source=f"{SOURCE}, section 3", published="36.9 M parameters each"
@@ -199,10 +206,14 @@ class RankAllocation:
         yield by_interval(stable, above(STABLE), "correlation of early and late profile").claim(
             "The profile is stable over training", source=f"{SOURCE}, section 4", published=".962"
         )
+        again = correlation(profiles[first].layer_norms("raw").share_l.tolist(), uniform.norms.share_l.tolist())
+        yield by_interval(again, above(STABLE), "correlation of the profiles of two runs on other problems").claim(
+            "The profile is that of another run, too", source="control, not published", published="one run"
+        )
         proportional = next((one for one in profiled if one.strategy == "proportional" and one.seed == first), None)
         if proportional is not None:
             yield from amplification_claims(proportional)
-        yield from (sqrt_law_claim(one) for one in profiled if one.strategy in IGNORANT and one.seed == first)
+        yield from (sqrt_law_claim(one) for one in profiled if one.strategy in SAME_BUDGET and one.seed == first)
 
     def _ablation_table(self, cells: Cells) -> Table:
         rows: list[tuple[Value, ...]] = []
@@ -217,7 +228,8 @@ class RankAllocation:
             "Scale modes: α s, constant or by rank",
             ("scale mode", "strategy", "seed", "ratio raw", "ratio ÷ √r", "ratio of ∂L/∂ΔW", "accuracy"),
             tuple(rows),
-            f"All modes have s = {self.own.scale:g} at rank {self.own.rank}. With alpha/r a larger rank has a smaller scale.",
+            f"All modes have s = {self.own.scale:g} at rank {self.own.rank}, so that one uniform run is that of all of them. "
+            "With alpha/r a larger rank has a smaller scale.",
         )
 
     def _pictures(self, main: Cells, profiled: list[Profiled]) -> tuple[Picture, ...]:

@@ -3,7 +3,8 @@
 
 Stage 1, if `teacher_rank` is given: a teacher is trained per seed on the outcome reward, and its adapter on the shared base model is who
 distils; else reward.distillation of the config's `regimes` names one.
-Stage 2: every regime × rank × seed, and full fine-tuning in float32 with its own learning rate.
+Stage 2: every regime × rank × seed, and full fine-tuning in float32 with its own learning rate. Where these are shorter than what is said
+to end in collapse, one more process run of `collapse_rank` and `collapse_steps` a seed.
 
 The regimes differ in their rewards alone: each is a set of changes to the base run ([reward_density.runs.REGIME]), and everything behind
 the deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Base on MATH, judged on 100 problems of MATH-500.
@@ -12,21 +13,21 @@ the deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Bas
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_ind
+from matplotlib.figure import Figure
 
 from fastlora.config import RunConfig
 from fastlora.run_folder import RunFolder
 from fastlora.study.cells import Cell
-from fastlora.study.claims import Claim, Estimate, above, accuracy_claim, by_interval, by_property, conclusions
+from fastlora.study.claims import Claim, Decision, Estimate, above, accuracy_claim, by_interval, by_property, conclusions
 from fastlora.study.comparisons import accuracies, accuracy_table, compare_cells, comparison_table
 from fastlora.study.config import StudyConfig
 from fastlora.study.pictures import CurvePanel, against, curves, intervals, pass_at_k_curves
 from fastlora.study.report import Picture, StudyReport, Table
+from fastlora.study.resampling import over_steps
 from fastlora.study.results import CellResult, Cells, by_strategy, stack
 from fastlora.study.setting import setting
 from fastlora.study.studies import Plan
@@ -58,16 +59,29 @@ class RewardDensity:
         teachers: Mapping[str, Path] = {}
         if self.own.teacher_rank and DISTILLATION in self.own.regimes:
             teachers = yield [Cell(f"{TEACHER}/seed-{seed}", self._teacher(seed)) for seed in self.config.seeds]
-        yield [
+        cells = [
             Cell(f"{regime} r {size}/seed-{seed}", self._run(regime, size, seed, teachers.get(f"{TEACHER}/seed-{seed}")))
             for regime in self.own.regimes
             for size in self._sizes
             for seed in self.config.seeds
         ]
+        if self._longer:
+            longer = {"trainer.steps": self.own.collapse_steps, "eval.every": self.own.collapse_eval_every}
+            cells += [
+                Cell(f"{self._longer}/seed-{seed}", self._run(PROCESS, self.own.collapse_rank, seed, None, longer))
+                for seed in self.config.seeds
+            ]
+        yield cells
 
     @property
     def _sizes(self) -> tuple[int | str, ...]:
         return (*self.own.ranks, *([FULL] if self.own.full else []))
+
+    @property
+    def _longer(self) -> str:
+        """Name of the process run that is to show whether it collapses; empty = none."""
+        rank, steps = self.own.collapse_rank, self.own.collapse_steps
+        return f"{PROCESS} r {rank}, {steps} steps" if rank and PROCESS in self.own.regimes else ""
 
     def _teacher(self, seed: int) -> RunConfig:
         return self.config.run_config(
@@ -81,8 +95,9 @@ class RewardDensity:
             f"{TEACHER}, seed {seed}",
         )
 
-    def _run(self, regime: str, size: int | str, seed: int, teacher: Path | None) -> RunConfig:
-        changes: dict[str, Any] = {"seed": seed, "advantage.estimator": "deposits", **self.own.runs.get(regime, {}), **self._lora()}
+    def _run(self, regime: str, size: int | str, seed: int, teacher: Path | None, more: Mapping[str, Any] | None = None) -> RunConfig:
+        own = {"seed": seed, "advantage.estimator": "deposits", **self._lora()}
+        changes: dict[str, Any] = {**own, **self.own.runs.get(regime, {}), **(more or {})}
         if regime == DISTILLATION and teacher is not None:
             changes["reward.distillation.adapter"] = RunFolder(teacher).adapter
         if size == FULL:
@@ -134,58 +149,68 @@ class RewardDensity:
         theirs = PUBLISHED_ACCURACY[regime]
         return f"{100 * (theirs[int(rank)] - theirs[FULL]):+.1f} points, called inside the band" if int(rank) in theirs else "rank not run"
 
-    def _peaks(self, students: Cells, regime: str) -> list[float]:
-        """Largest advantage std of every LoRA cell of a regime; all ranks and seeds."""
-        return [
-            float(np.nanmax(cell.column("advantage/std"))) for rank in self.own.ranks for cell in students[f"{regime} r {rank}"].values()
-        ]
-
     def _advantage_claims(self, students: Cells) -> Iterator[Claim]:
-        """Peak advantage std of one regime over another's, on a log scale; t interval over cells."""
+        """Spread of the advantages under one regime against another's: at the peak of every run, and over the run."""
         for dense, sparse in ((PROCESS, OUTCOME), (PROCESS, DISTILLATION), (DISTILLATION, OUTCOME)):
             if not {dense, sparse} <= set(self.own.regimes):
                 continue
-            estimate = _log_ratio(self._peaks(students, dense), self._peaks(students, sparse))
-            what = f"log of the peak advantage std, {dense} over {sparse} (Welch, over ranks and seeds)"
-            yield by_interval(estimate, above(0.0), what).claim(
-                f"Peak advantage std is larger under {dense} than under {sparse} rewards",
+            pairs = {
+                f"r {rank}/seed-{seed}": (students[f"{dense} r {rank}"][seed], students[f"{sparse} r {rank}"][seed])
+                for rank in self.own.ranks
+                for seed in self.config.seeds
+            }
+            higher = {name: _peak(one)[1] > _peak(two)[1] for name, (one, two) in pairs.items()}
+            yield by_property(higher, f"peak advantage std under {dense} above that under {sparse} at equal rank and seed").claim(
+                f"The advantages' peak std is larger under {dense} than under {sparse} rewards",
                 source=f"{SOURCE}, peak advantage std",
                 published=f"{PUBLISHED_STD[dense]:.2f} against {PUBLISHED_STD[sparse]:.2f}",
+            )
+            ratio = _log_ratio([one for one, _ in pairs.values()], [two for _, two in pairs.values()])
+            what = f"log of the advantage std, mean of the runs, {dense} over {sparse} (blocks of steps resampled)"
+            yield by_interval(ratio, above(0.0), what).claim(
+                f"Over the whole run, too, it is larger under {dense} than under {sparse} rewards",
+                source="control, not published",
+                published="peaks only",
             )
 
     def _collapse_claims(self, students: Cells) -> Iterator[Claim]:
         if PROCESS not in self.own.regimes:
             return
-        collapsed = {
-            f"{name}/seed-{seed}": _collapsed(cell, self.own.collapse)
+        runs = {
+            f"{name}/seed-{seed}": cell
             for name, by_seed in students.items()
             if name.startswith(f"{PROCESS} ")
             for seed, cell in by_seed.items()
         }
+        long_enough = {name: _collapsed(cell, self.own.collapse) for name, cell in runs.items() if cell.run.summary.steps >= COLLAPSE_STEP}
         what = f"accuracy below {self.own.collapse:g} of the base model's and {COLLAPSED_TRUNCATION:.0%} truncated at the end"
-        decision = by_property(collapsed, what)
-        steps = self.config.base_run().trainer.steps
-        if steps < COLLAPSE_STEP and not any(collapsed.values()):  # nothing has happened yet that was said to happen later
-            decision = replace(decision, verdict="undecided", measured=f"none of {len(collapsed)} in {steps} steps")
+        if long_enough:
+            decision = by_property(long_enough, what)
+        else:  # nothing has happened yet that was said to happen later
+            most = max(cell.run.summary.steps for cell in runs.values())
+            decision = Decision("undecided", f"no run is longer than {most} steps", f"{what}, in runs of {COLLAPSE_STEP} steps and more")
         yield decision.claim(
-            "Process rewards collapse within the run", source=f"{SOURCE}, collapse figure", published=f"at step {COLLAPSE_STEP} of 100"
+            f"Process rewards collapse in runs of {COLLAPSE_STEP} steps and more",
+            source=f"{SOURCE}, collapse figure",
+            published=f"at step {COLLAPSE_STEP} of 100",
         )
 
     def _dynamics_table(self, students: Cells) -> Table:
         rows = []
         for name, by_seed in students.items():
             for seed, cell in by_seed.items():
-                std_s, truncated_s = cell.column("advantage/std"), cell.column("completion/truncated")
-                peak = int(cell.steps[int(np.nanargmax(std_s))])
+                step, peak = _peak(cell)
                 regime = name.partition(" r ")[0]
                 rows.append(
                     (
                         name,
                         seed,
-                        float(np.nanmax(std_s)),
-                        PUBLISHED_STD[regime],
+                        cell.run.summary.steps,
                         peak,
-                        float(truncated_s[-1]),
+                        PUBLISHED_STD[regime],
+                        step,
+                        float(np.nanmean(cell.column("advantage/std"))),
+                        float(cell.column("completion/truncated")[-1]),
                         cell.peak[1].value,
                         cell.accuracy.value,
                         float(np.nanmean(cell.column("entropy"))),
@@ -193,9 +218,11 @@ class RewardDensity:
                     )
                 )
         columns = (
+            "steps",
             "peak advantage std",
             "published",
             "at step",
+            "mean advantage std",
             "truncated at the end",
             "peak accuracy",
             "final accuracy",
@@ -211,22 +238,37 @@ class RewardDensity:
             band = ("full fine-tuning", found[f"{regime} r {FULL}"]) if self.own.full else None
             figure = against(series, "rank", "accuracy on held-out problems", band=band)
             pictures.append(Picture(f"accuracy-{regime}", f"Accuracy against rank, {regime} rewards", figure, "95 % intervals."))
-        shown = {name: list(by_seed.values()) for name, by_seed in students.items() if name.endswith(f" r {self.own.ranks[-1]}")}
-        panels = []
-        for metric, title, label, percent in (
-            ("advantage/std", "Spread of the advantages", "std", False),
-            ("completion/truncated", "Truncated completions", "fraction", True),
-            ("reward/mean", "Reward", "mean", False),
-        ):
-            stacked = {name: stack(by_seed, metric) for name, by_seed in shown.items()}
-            steps = next(iter(stacked.values()))[0]
-            panels.append(CurvePanel(title, label, steps, {name: values for name, (_, values) in stacked.items()}, percent=percent))
+        shown = {name: by_seed for name, by_seed in students.items() if name.endswith(f" r {self.own.ranks[-1]}")}
         caption = f"Rank {self.own.ranks[-1]}; mean of the seeds, and their range."
-        pictures.append(Picture("collapse", "Advantages, truncation and reward over training", curves(panels), caption))
+        pictures.append(Picture("dynamics", "Advantages, truncation and reward over training", _curves(shown), caption))
+        if self._longer:
+            longer = {self._longer: students[self._longer]}
+            pictures.append(Picture("collapse", "A long run under process rewards", _curves(longer), "Mean of the seeds."))
         pictures.append(Picture("accuracy-by-cell", "Accuracy", intervals(found, "accuracy on held-out problems"), "95 % intervals."))
         if passes := _pass_at_k(cells):
             pictures.append(Picture("pass-at-k", "pass@k", pass_at_k_curves(passes), "First seed; problems resampled."))
         return tuple(pictures)
+
+
+PANELS = (
+    ("advantage/std", "Spread of the advantages", "std", False),
+    ("completion/truncated", "Truncated completions", "fraction", True),
+    ("reward/mean", "Reward", "mean", False),
+    ("eval/accuracy", "Accuracy on held-out problems", "fraction", True),
+)
+"""(metric, title, label, in per cent)."""
+
+
+def _curves(shown: Cells) -> Figure:
+    """Over the steps of the cells, which are as long as each other; without a panel of what no cell has measured."""
+    panels = []
+    for metric, title, label, percent in PANELS:
+        stacked = {name: stack(list(by_seed.values()), metric) for name, by_seed in shown.items()}
+        steps = next(iter(stacked.values()))[0]
+        values = {name: values_ns for name, (_, values_ns) in stacked.items()}
+        if any(np.isfinite(values_ns).any() for values_ns in values.values()):
+            panels.append(CurvePanel(title, label, steps, values, percent=percent))
+    return curves(panels)
 
 
 def _collapsed(cell: CellResult, fraction: float) -> bool:
@@ -235,14 +277,17 @@ def _collapsed(cell: CellResult, fraction: float) -> bool:
     )
 
 
-def _log_ratio(first: list[float], second: list[float]) -> Estimate:
-    """Of geometric means, with Welch's t interval of the difference of logs; without limits (NaN) for fewer than two cells on a side."""
-    one, two = np.log(first), np.log(second)
-    value = float(one.mean() - two.mean())
-    if min(len(one), len(two)) < 2:
-        return Estimate(value, float("nan"), float("nan"))
-    interval = ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
-    return Estimate(value, float(interval.low), float(interval.high))
+def _peak(cell: CellResult) -> tuple[int, float]:
+    """(step, value) of the largest advantage std."""
+    std_s = cell.column("advantage/std")
+    at = int(np.nanargmax(std_s))
+    return int(cell.steps[at]), float(std_s[at])
+
+
+def _log_ratio(first: list[CellResult], second: list[CellResult]) -> Estimate:
+    """Of mean advantage stds. Cells of a seed see the same prompts at a step, so that a step of all of them is resampled, not a cell."""
+    means = [stack(cells, "advantage/std")[1].mean(axis=0) for cells in (first, second)]
+    return over_steps(lambda steps: float(np.log(means[0][steps].mean() / means[1][steps].mean())), len(means[0]))
 
 
 def _pass_at_k(cells: Cells) -> dict[str, dict[int, Estimate]]:

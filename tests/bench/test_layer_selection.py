@@ -31,7 +31,7 @@ def test_adapters_are_on_these_layers(tmp_path: Path, kind: bench_layers.BatchKi
 
 @pytest.mark.usefixtures("packaged_model")
 def test_sets_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warm-up of each, then rounds; ratios are against the same round's `all`, predictions the FLOPs'."""
+    """A warm-up, then rounds, every other one backwards; ratios are against the same round's `all`, predictions the FLOPs'."""
     order: list[int] = []
 
     def fake(config: RunConfig, *_: object) -> object:
@@ -39,9 +39,9 @@ def test_sets_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return lambda: order.append(adapted)
 
     monkeypatch.setattr(bench_layers, "ready_update", fake)
-    options = parse(["--pairs", "2"])
+    options = parse(["--pairs", "3"])
     rows = list(race_sets(tmp_path, "grpo", POINTS["grpo"], {"all": range(30), "last half": HALF}, options, lambda message: None))
-    assert order == [30, 15] * 3
+    assert order == [30, 15, 15, 30] * 2
     flops = [lora_work(dimensions(), POINTS["grpo"].groups, 32, layers).flops for layers in (range(30), HALF)]
     assert [row["predicted_ratio"] for row in rows] == [1.0, flops[1] / flops[0]]
     assert rows[0]["ratio"] == 1.0 and rows[1]["op"] == "layer_selection.grpo" and len(rows[1]["layers"]) == 15
