@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from fastlora.config import RunConfig
 from fastlora.errors import FastloraError
 from fastlora.gradient_structure import GradientRows, Structure, structure_of
 from fastlora.lora.packed import PackedAdapter, Slot
+from fastlora.loss_config import LossConfig
 from fastlora.objectives import Timer
 from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer
+from fastlora.types import TrainBatch
 
 SCORES_FILE = "scores.safetensors"
 STRUCTURE_FILE = "structure.json"
@@ -173,15 +175,16 @@ class Scorer:
         self._first = min(slot.b_offset for slot in parts.adapter.slots.values())  # all B lie behind all A
         self._sums_4b = torch.zeros(len(SUMS), len(self._grad) - self._first, device=self._grad.device)
         self.rows = GradientRows(_by_projection(parts.adapter), batches, seed=config.seed, device=self._grad.device)
-        loss = config.loss
-        self._only_advantages = config.objective == "grpo" and loss.function is None and loss.beta == loss.entropy_coef == 0
+        self._only_advantages = config.objective == "grpo" and is_linear_in_advantages(config.loss)
 
     def add(self, step: int, timer: Timer) -> bool:
         """Generation batch `step` (from 1). False when its gradient is zero everywhere, which then nothing is added of."""
         batch = self._parts.objective.collect(step, 0, timer).batch
-        if self._only_advantages and not bool(batch.advantages_nt.any()):
-            return False
-        with timer("update"):
+        if self._only_advantages:
+            batch = with_advantages_only(batch)
+            if not bool(batch.loss_mask_nt.any()):
+                return False
+        with timer("update"), self._adapter.fresh():
             for micro_batch in batch.split(self._config.steps_per_generation):
                 loss, _ = self._parts.objective.loss(micro_batch)
                 if loss.requires_grad:  # a micro-batch without completion tokens has nothing to differentiate
@@ -208,6 +211,18 @@ class Scorer:
             structure_by_projection={name: structure_of(gram_bb) for name, gram_bb in grams.items()},
             exact=self.rows.exact,
         )
+
+
+def is_linear_in_advantages(config: LossConfig) -> bool:
+    """A sample without advantage adds nothing to the gradient, and does not move that of another by its number of tokens."""
+    own_terms = config.function is not None or config.beta or config.entropy_coef
+    return not own_terms and config.loss_type in ("grpo", "dr_grpo", "dapo", "cispo") and config.top_entropy_quantile == 1.0
+
+
+def with_advantages_only(batch: TrainBatch) -> TrainBatch:
+    """The batch without the tokens of samples that have no advantage: half of them where every other group got equal rewards."""
+    trains_n1 = (batch.advantages_nt != 0).any(1, keepdim=True)
+    return replace(batch, completion_mask_nt=batch.completion_mask_nt & trains_n1, loss_mask_nt=batch.loss_mask_nt & trains_n1)
 
 
 def add_to_sums(sums_4b: Tensor, grad_b: Tensor) -> None:

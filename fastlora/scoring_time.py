@@ -24,7 +24,7 @@ from fastlora.progress import StepTimer
 from fastlora.run_folder import RunFolder
 from fastlora.scoring import LEAST_BATCHES, Scorer, scoring_config
 from fastlora.trainer import Trainer
-from fastlora.turns import Say, Turns, TurnsError, check_rounds, take_turns
+from fastlora.turns import ROUNDS, Say, Turns, TurnsError, check_rounds, take_turns
 from fastlora.update_time import update, with_steps
 
 SCORING, STEP = "scoring", "step"
@@ -39,7 +39,7 @@ def run_scoring_time(config: RunConfig, folder: Path, options: Mapping[str, Any]
     time_scoring(config, folder, **options, say=say).write(folder)
 
 
-def time_scoring(config: RunConfig, folder: Path, rounds: int = LEAST_BATCHES, say: Say = lambda message: None) -> Turns:
+def time_scoring(config: RunConfig, folder: Path, rounds: int = ROUNDS, say: Say = lambda message: None) -> Turns:
     """Seconds of SCORING and STEP. config: of the training; folder: for anything that it leaves behind.
 
     Raises TurnsError as `check_rounds` does, and what `scoring_config` and `build` raise.

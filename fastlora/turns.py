@@ -22,7 +22,7 @@ from fastlora.errors import FastloraError
 from fastlora.progress import StepTimer
 
 TURNS_FILE = "turns.json"
-LEAST_ROUNDS = 3
+ROUNDS, LEAST_ROUNDS = 25, 3
 
 Say = Callable[[str], None]
 

@@ -21,7 +21,7 @@ from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer
 from fastlora.run_folder import RunFolder
 from fastlora.trainer import Trainer
-from fastlora.turns import Say, Turns, TurnsError, check_rounds, take_turns
+from fastlora.turns import ROUNDS, Say, Turns, TurnsError, check_rounds, take_turns
 from fastlora.types import TrainBatch
 
 OPTIONS = ("runs", "rounds")
@@ -39,7 +39,7 @@ def time_updates(
     config: RunConfig,
     folder: Path,
     runs: Mapping[str, Mapping[str, Any]],
-    rounds: int = 25,
+    rounds: int = ROUNDS,
     say: Say = lambda message: None,
 ) -> Turns:
     """runs: name -> settings of [lora] in which the run differs from `config`; the first one samples the batch. folder: for anything that

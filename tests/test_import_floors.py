@@ -75,6 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.rollout",
         "fastlora.run_folder",
         "fastlora.selection",
+        "fastlora.turns",
     ),
     ("fastlora.build", "fastlora.memory_plan", "fastlora.objectives", "fastlora.reallocation", "fastlora.trainer"),
     (
@@ -85,6 +86,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastlora.evidence",
         "fastlora.probe",
         "fastlora.scoring",
+        "fastlora.scoring_time",
         "fastlora.serve_adapter",
         "fastlora.session",
         "fastlora.update_time",

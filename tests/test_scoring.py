@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,28 @@ from fastlora.gradient_structure import structure_of
 from fastlora.lora.groups import projections, shapes
 from fastlora.lora.packed import attach
 from fastlora.lora.patterns import resolve
+from fastlora.loss_config import LossConfig
+from fastlora.losses.policy import policy_loss
 from fastlora.model import BaseModel, weights_hash, wrap_model
 from fastlora.objectives import PolicyObjective, StepData
 from fastlora.optim import AdamW, StepResult
-from fastlora.scoring import LEAST_BATCHES, SUMS, EntryScores, ScoringError, read_sums, run_score, score_entries, scoring_config
+from fastlora.scoring import (
+    LEAST_BATCHES,
+    SUMS,
+    EntryScores,
+    ScoringError,
+    is_linear_in_advantages,
+    read_sums,
+    run_score,
+    score_entries,
+    scoring_config,
+    with_advantages_only,
+)
 from fastlora.types import TrainBatch
+from tests.batches import make_batch
 from tests.exact import make_exact_model, score_one_by_one
 from tests.tiny import make_tiny_tokenizer
-from tests.tolerances import FP32_SUMS
+from tests.tolerances import FP32_SUMS, FP64_EXACT
 from tests.trainer.runs import adapter_tensors, run, write_config
 
 BATCHES = LEAST_BATCHES
@@ -168,6 +183,44 @@ def test_grpo_sums(exact: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     gradients = plain_gradients(config, [loss_of(batch) for batch in signal])
     assert_sums(found, gradients)
     assert_structure(found, gradients)
+
+
+@pytest.mark.parametrize(
+    ("loss", "linear"),
+    [
+        ({"loss_type": "dapo"}, True),
+        ({"loss_type": "grpo"}, True),
+        ({"loss_type": "dr_grpo"}, True),
+        ({"loss_type": "cispo"}, True),
+        ({"loss_type": "bnpo"}, False),
+        ({"loss_type": "dapo", "entropy_coef": 0.1}, False),
+        ({"loss_type": "dapo", "beta": 0.1}, False),
+        ({"loss_type": "dapo", "top_entropy_quantile": 0.5}, False),
+    ],
+    ids=str,
+)
+def test_samples_without_an_advantage_may_be_left_out(loss: dict[str, Any], linear: bool) -> None:
+    """By dloss/dlogp in fp64, of all losses that say so; bnpo, which does not, counts tokens. Five of seven samples are left out."""
+    config = LossConfig(**loss)
+    assert is_linear_in_advantages(config) is linear
+    batch = make_batch()
+    advantages_n1 = batch.advantages_nt * (torch.arange(len(batch)) % 3 == 1)[:, None]
+    batch = replace(batch, advantages_nt=advantages_n1, ref_logp_nt=torch.zeros(batch.completion_ids_nt.shape, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    logp_nt = -torch.rand(batch.completion_ids_nt.shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def gradient(of: TrainBatch) -> Tensor:
+        split = {"accumulation_steps": 1, "steps_per_generation": 1, "max_completion_length": 11}
+        value, _ = policy_loss(logp_nt, -logp_nt.detach(), of, config, entropy_coef=config.entropy_coef, **split)
+        return torch.autograd.grad(value, logp_nt)[0]
+
+    some = with_advantages_only(batch)
+    assert int(some.loss_mask_nt.any(1).sum()) == 2 and torch.equal(some.loss_mask_nt, some.completion_mask_nt)
+    left_out = float((gradient(some) - gradient(batch)).abs().max() / gradient(batch).abs().max())
+    if linear:
+        assert left_out < FP64_EXACT
+    elif config.loss_type == "bnpo":
+        assert left_out > 1e-3
 
 
 def test_the_task_writes_two_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that take turns: the same batch for all, every round in the file, a saving that is there is found."""
+"""Updates that take turns: the same batch for all, a saving that is there is found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from fastlora.config import load_config
 from fastlora.study.layer_selection import time_ratio
-from fastlora.update_time import UpdateTimeError, UpdateTimes, run_update_time
+from fastlora.turns import Turns, TurnsError
+from fastlora.update_time import run_update_time
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2_sums_cpu.toml"
 SMALL = ["--rollout.num-prompts", "2", "--rollout.num-generations", "2", "--rollout.max-completion-length", "4"]
@@ -23,9 +24,8 @@ def test_an_adapter_on_the_last_layer_takes_half_of_the_time(objective: str, tmp
     config = load_config(CONFIG, [*SMALL, "--objective", objective])
     said: list[str] = []
     run_update_time(config, tmp_path, {"runs": {"all": ALL, "last": LAST}, "rounds": 3}, said.append)
-    times = UpdateTimes.read(tmp_path)
-    assert (times.objective, list(times.seconds), said[-1]) == (objective, ["all", "last"], "round 3 of 3")
-    assert times.tokens > 0 and {len(seconds) for seconds in times.seconds.values()} == {3}
+    times = Turns.read(tmp_path)
+    assert (list(times.seconds), said[-1]) == (["all", "last"], "round 3 of 3")
     assert time_ratio(times.seconds["last"], times.seconds["all"]).value < 0.75
 
 
@@ -39,19 +39,11 @@ def test_a_ratio_is_of_the_same_round() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runs": {}}, "0 runs, 9 rounds: times need one run and 3 rounds"),
+        ({"runs": {}}, "0 runs, 25 rounds: times need one run and 3 rounds"),
         ({"runs": {"all": ALL}, "rounds": 2}, "1 runs, 2 rounds"),
         ({"runs": {"all": ALL}, "turns": 2}, "options of update times: turns is unknown; known are runs, rounds"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UpdateTimeError, match=message):
+    with pytest.raises(TurnsError, match=message):
         run_update_time(load_config(CONFIG, SMALL), tmp_path, options, print)
-
-
-def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UpdateTimeError, match=r"update_time\.json: no such file"):
-        UpdateTimes.read(tmp_path)
-    (tmp_path / "update_time.json").write_text('{"seconds": {}}')
-    with pytest.raises(UpdateTimeError, match=r"update_time\.json is damaged"):
-        UpdateTimes.read(tmp_path)

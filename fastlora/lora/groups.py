@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import FastloraError
+from fastlora.lora.fresh import with_gradient_of_b
 from fastlora.lora.patterns import ProjectionShape
 from fastlora.nf4_linear import Nf4Linear, linear_layers
 from fastlora.ops.lora_linear import lora_linear
@@ -59,7 +60,7 @@ class _FrozenGroup:
 
 
 class LoraGroup:
-    """The packed A and B of one group, and the frozen layers they adapt. `enabled` is shared state of the adapter."""
+    """The packed A and B of one group, and the frozen layers they adapt. `enabled` and `fresh` are shared state of the adapter."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class LoraGroup:
         self.a_rd, self.b_flat, self.b_mask = a_rd, b_flat, b_mask
         self.cast_to_input = cast_to_input
         self.enabled = True
+        self.fresh = False
         self.frozen: _FrozenGroup | None = None
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
@@ -103,6 +105,8 @@ class LoraGroup:
         if self.frozen is not None and x.numel():
             return self.frozen(x)
         a_rd, b_flat = (p.to(x.dtype) if self.cast_to_input else p for p in (self.a_rd, self.b_flat))
+        if self.fresh:
+            return with_gradient_of_b(x, [layer(x) for layer in self.layers], a_rd, b_flat, self.ranks, self.scales)
         weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
         absmaxes = [layer.absmax for layer in self.layers if isinstance(layer, Nf4Linear)]
         return lora_linear(x, weights, biases, a_rd, b_flat, self.ranks, self.scales, self.b_mask, absmaxes)

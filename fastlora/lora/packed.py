@@ -99,6 +99,24 @@ class PackedAdapter:
             for group in self.groups:
                 group.enabled = True
 
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Only dB is computed, of an adapter that changes nothing yet (fastlora/lora/fresh.py). Raises AttachError unless B = 0 everywhere,
+        A is frozen and all of B trains.
+        """
+        touched = [name for name in self.slots if bool(self.b_rn(name).any())]
+        trains_a = any(group.a_rd.requires_grad for group in self.groups)
+        if touched or trains_a or self.flat.mask is not None:
+            why = f"B of {touched[0]} is not zero" if touched else "A trains" if trains_a else "a mask selects entries of B"
+            raise AttachError(f"this adapter is not fresh: {why}, and more than dB, or less, is to be computed")
+        for group in self.groups:
+            group.fresh = True
+        try:
+            yield
+        finally:
+            for group in self.groups:
+                group.fresh = False
+
     def load(self, a_rd: Mapping[str, Tensor], b_nr: Mapping[str, Tensor]) -> None:
         """Copies A [r, d] and B [n, r] of every module in.
 

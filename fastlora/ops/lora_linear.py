@@ -35,7 +35,7 @@ from fastlora.ops.registry import Cost, Dispatch, OpSpec, call, tma_refuses
 from fastlora_triton.group_layout import rank_columns
 
 
-def _module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+def module_b(b_flat: Tensor, outs: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """B_mᵀ [r_m, n_m] of every module, as views of the flat vector."""
     sizes = [n * r for n, r in zip(outs, ranks, strict=True)]
     return [part.view(r, n) for part, r, n in zip(b_flat.split(sizes), ranks, outs, strict=True)]
@@ -60,7 +60,7 @@ def _reference(
     h = [F.linear(x.to(a_rd.dtype), a) for a in a_rd.split(list(ranks))]
     outputs = []
     for m, (bias, b_rn, h_m, rank, scale) in enumerate(
-        zip(biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h, ranks, scales, strict=True)
+        zip(biases_n, module_b(b_flat, _outs(weights_nd), ranks), h, ranks, scales, strict=True)
     ):
         y = F.linear(x, dense(weights_nd, absmaxes, m, x.dtype), bias)
         if rank:
@@ -97,7 +97,7 @@ def _grouped(
     h_tr = x_td.to(a_rd.dtype) @ a_rd.t()
     outputs = []
     for m, (bias, b_rn, h_m, rank, scale) in enumerate(
-        zip(biases_n, _module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True)
+        zip(biases_n, module_b(b_flat, _outs(weights_nd), ranks), h_tr.split(list(ranks), dim=1), ranks, scales, strict=True)
     ):
         y_tn = F.linear(x_td, dense(weights_nd, absmaxes, m, x.dtype), bias)
         if rank:
@@ -195,8 +195,8 @@ def _reference_backward(
             dys,
             a_rd.split(list(ranks)),
             da_rd.split(list(ranks)) if need_da else [da_rd] * len(ranks),
-            _module_b(b_flat, outs, ranks),
-            _module_b(db_flat, outs, ranks),
+            module_b(b_flat, outs, ranks),
+            module_b(db_flat, outs, ranks),
             h_tr.split(list(ranks), dim=1),
             ranks,
             scales,
@@ -251,8 +251,8 @@ def _grouped_backward(
     for m, dy, b_rn, db_rn, h_m, dh_m, scale in zip(
         range(len(dys)),
         dys,
-        _module_b(b_flat, outs, ranks),
-        _module_b(db_flat, outs, ranks),
+        module_b(b_flat, outs, ranks),
+        module_b(db_flat, outs, ranks),
         h_tr.split(list(ranks), dim=1),
         dh_tr.split(list(ranks), dim=1),
         scales,

@@ -94,8 +94,9 @@ class LayerSelection:
         seed = self.config.seeds[0]
         probe = probes[f"probe/seed-{seed}"]
         runs = {selection: _lora(self._chosen(selection, probe, seed)) for selection in self.own.selections}
+        options = {"runs": runs, "rounds": self.config.timing_rounds}
         for objective in self.own.objectives:
-            yield Cell(f"{TIMES}{objective}", self._run({}, objective, seed), "update_time", {"runs": runs})
+            yield Cell(f"{TIMES}{objective}", self._run({}, objective, seed), "update_time", options)
 
     def _chosen(self, selection: str, probe: Path, seed: int) -> dict[str, int]:
         """`lora.rank_pattern` of a selection."""

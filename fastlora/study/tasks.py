@@ -58,10 +58,17 @@ def score(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say)
 
 
 def update_time(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
-    """Seconds of an update of several runs that take turns: update_time.json."""
+    """Seconds of an update of several runs that take turns: turns.json."""
     from fastlora.update_time import run_update_time
 
     run_update_time(config, folder, options, say)
+
+
+def scoring_time(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Seconds of a batch of scoring and of a training step, which take turns: turns.json."""
+    from fastlora.scoring_time import run_scoring_time
+
+    run_scoring_time(config, folder, options, say)
 
 
 def evaluate(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
@@ -95,6 +102,7 @@ TASKS: dict[str, Task] = {
     "probe": probe,
     "score": score,
     "update_time": update_time,
+    "scoring_time": scoring_time,
     "evaluate": evaluate,
     "harness": harness,
     "shira": shira,

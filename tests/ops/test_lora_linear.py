@@ -220,7 +220,7 @@ def test_shapes_that_disagree_are_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_these_tests_can_fail(bug: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each planted bug is seen by the comparison that the other tests rest on."""
-    true_op, true_split = module.lora_linear_op, module._module_b
+    true_op, true_split = module.lora_linear_op, module.module_b
 
     def broken_op(x: Any, weights: Any, biases: Any, a: Any, b: Any, mask: Any, ranks: Any, scales: Any, absmaxes: Any) -> list[Tensor]:
         if bug == "scale dropped":
@@ -247,7 +247,7 @@ def test_these_tests_can_fail(bug: str, implementation: str, monkeypatch: pytest
     with use_implementation(implementation):
         assert _matches_dense(problem)
         monkeypatch.setattr(module, "lora_linear_op", broken_op)
-        monkeypatch.setattr(module, "_module_b", broken_split)
+        monkeypatch.setattr(module, "module_b", broken_split)
         assert not _matches_dense(problem)
 
 

@@ -16,6 +16,7 @@ from tests.study.configs import HERE, write_study
 BASE = (HERE.parents[1] / "configs" / "smollm2_sums_cpu.toml").read_text()
 SHORT = """
 seeds = [0]
+timing_rounds = 3
 [run]
 trainer.steps = 3
 rollout.num_prompts = 4
@@ -98,7 +99,7 @@ peers = ["shira"]
     assert [sum(int(mask.sum()) for mask in load_b_mask(path).values()) for path in masks] == [500, 500]
     assert int(next(row for row in tables["structure"])["batches"]) == 16
     assert [(row["peer"], int(row["entries that train"])) for row in tables["peers"]] == [("shira-500-sft", 500)] * 2
-    assert "as many entries of W in PEFT's SHiRA" in page
+    assert "as many entries of W in PEFT's SHiRA" in page and "| Scoring is cheap (sft: " in page
     assert "| **supported** | Masks hold exactly k entries" in page
 
 
