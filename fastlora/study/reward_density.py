@@ -62,18 +62,19 @@ class RewardDensity:
         teachers: Mapping[str, Path] = {}
         if self.own.teacher_rank and DISTILLATION in self.own.regimes:
             teachers = yield [Cell(f"{TEACHER}/seed-{seed}", self._teacher(seed)) for seed in self.config.seeds]
-        cells = [
+        cells = []
+        if self._longer:  # first, since cells that run together should end together
+            longer = {"trainer.steps": self.own.collapse_steps, "eval.every": self.own.collapse_eval_every}
+            cells = [
+                Cell(f"{self._longer}/seed-{seed}", self._run(PROCESS, self.own.collapse_rank, seed, None, longer))
+                for seed in self.config.seeds
+            ]
+        cells += [
             Cell(f"{regime} r {size}/seed-{seed}", self._run(regime, size, seed, teachers.get(f"{TEACHER}/seed-{seed}")))
             for regime in self.own.regimes
             for size in self._sizes
             for seed in self.config.seeds
         ]
-        if self._longer:
-            longer = {"trainer.steps": self.own.collapse_steps, "eval.every": self.own.collapse_eval_every}
-            cells += [
-                Cell(f"{self._longer}/seed-{seed}", self._run(PROCESS, self.own.collapse_rank, seed, None, longer))
-                for seed in self.config.seeds
-            ]
         yield cells
 
     @property

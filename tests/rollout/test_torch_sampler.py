@@ -16,7 +16,7 @@ from fastlora.fused_layers import fuse_layers
 from fastlora.model import BaseModel, wrap_model
 from fastlora.policy import score
 from fastlora.rollout.sampler import SamplingParams
-from fastlora.rollout.torch import TorchSampler, choose
+from fastlora.rollout.torch import TorchSampler, choose, most_likely
 from fastlora.types import Example, Rollout
 from tests.lora.adapters import attach_uneven
 from tests.tiny import EOS_ID, TINY_FAMILIES, make_tiny_model
@@ -191,6 +191,21 @@ def test_frequencies_are_the_nucleus_probabilities(temperature: float, top_p: fl
         assert chisquare([counts[token] for token in nucleus], expected).pvalue > 1e-3
     exact = torch.tensor([probabilities[token] / mass for token in tokens.tolist()]).log()
     assert float((logp - exact).abs().max()) < FP32_LOGPROB
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("mass", [0.1, 0.95, 1.0])
+def test_the_most_likely_are_found_without_sorting_all(spread: float, mass: float) -> None:
+    """As a sort has them, of rows that differ in how many they need; no more than are needed by 16 times."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(3, 9001, generator=generator) * torch.tensor([[1.0], [2.0], [0.1]])
+    logp_nv = torch.log_softmax(logits, dim=-1)
+    logp_nk, tokens_nk = most_likely(logp_nv, mass)
+    values, _ = logp_nv.sort(dim=-1, descending=True)
+    k = logp_nk.shape[1]
+    needed = int((values.double().exp().cumsum(-1) < mass - 1e-4).sum(-1).max()) + 1
+    assert min(needed, 9001) <= k <= max(256, 16 * needed) or k == 9001
+    assert torch.equal(logp_nk, values[:, :k]) and torch.equal(logp_nv.gather(1, tokens_nk), logp_nk)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

@@ -96,6 +96,6 @@ def test_only_a_run_that_is_long_enough_says_whether_it_collapses(
 
 def test_one_more_process_run_is_as_long_as_asked(tmp_path: Path) -> None:
     (cells,) = study(tmp_path, "collapse_rank = 4\ncollapse_steps = 90\n").plan()
-    assert [cell.name for cell in cells][-1] == "process r 4, 90 steps/seed-0"
-    assert (cells[-1].config.trainer.steps, cells[-1].config.lora.r, cells[-1].config.eval.every) == (90, 4, 10)
-    assert {cell.config.trainer.steps for cell in cells[:-1]} != {90} and len(cells) == 5
+    assert cells[0].name == "process r 4, 90 steps/seed-0"
+    assert (cells[0].config.trainer.steps, cells[0].config.lora.r, cells[0].config.eval.every) == (90, 4, 10)
+    assert 90 not in {cell.config.trainer.steps for cell in cells[1:]} and len(cells) == 5
