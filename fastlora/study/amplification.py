@@ -13,8 +13,9 @@ of thirty; its claims are asked by it, the √r law by all layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,16 @@ from numpy.typing import NDArray
 from fastlora.allocation import share_ratio, sqrt_rank_shares
 from fastlora.analysis.gradient_profile import LayerNorms, Measure
 from fastlora.study.claims import Claim, Decision, Estimate, Region, above, by_interval, within
-from fastlora.study.resampling import over_steps
+from fastlora.study.resampling import over_runs, over_steps
 
 SOURCE = "arXiv 2605.07366"
 SAME_BUDGET = ("proportional", "shuffled-proportional", "inverse-proportional", "random")
 """Strategies of which the √r law is asked: `reduced` has another budget, `dynamic` another rank at every time."""
-NEAR = 0.1
-"""Of a ratio, within which measured and predicted count as equal, and beyond which one counts as more."""
+PUBLISHED_RATIOS = 2.17, 3.00
+"""Of uniform and of proportional ranks."""
+NEAR = math.log(PUBLISHED_RATIOS[1] / PUBLISHED_RATIOS[0]) / 2
+"""Half of the published amplification, a factor of 1.18: what exceeds √r by more would leave much of it unexplained, and within it measured
+and predicted ratios count as equal. Single runs of SmolLM2 over 32 steps differ by 10 % (LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,42 +96,44 @@ def max_min(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
     return share_ratio(shares_ls[:, steps].mean(axis=1).tolist())
 
 
-def amplification_claims(one: Profiled) -> Iterator[Claim]:
-    """The paper's reading of proportional ranks, and its confrontation with √r."""
+def amplification_claims(runs: Sequence[Profiled]) -> Iterator[Claim]:
+    """The paper's reading of proportional ranks, of each seed, and its confrontation with √r."""
     published = "max/min 2.17 → 3.00; √r alone predicts 3.07"
 
-    def measured(steps: NDArray[np.int64]) -> float:
+    def measured(one: Profiled, steps: NDArray[np.int64]) -> float:
         return math.log(one.ratio("raw", steps) / one.uniform_ratio("raw", steps))
 
-    def beyond(steps: NDArray[np.int64]) -> float:
+    def beyond(one: Profiled, steps: NDArray[np.int64]) -> float:
         return math.log(one.ratio("raw", steps) / one.predicted_ratio(steps))
 
-    def without_rank(steps: NDArray[np.int64]) -> float:
+    def without_rank(one: Profiled, steps: NDArray[np.int64]) -> float:
         return math.log(one.ratio("delta_w", steps) / one.uniform_ratio("delta_w", steps))
 
     amplified = "log of the raw max/min ratio, proportional over uniform"
     over_prediction = "log of the raw max/min ratio over its √r prediction"
     of_delta_w = "log of the max/min ratio of ‖∂L/∂ΔW‖, proportional over uniform"
+    half = "half of the published amplification"
     for text, statistic, region, what in (
         ("Ranks by the profile amplify the imbalance of the gradient's shares", measured, above(0.0), amplified),
-        (f"The amplification is over {NEAR:.0%} more than √r makes of the uniform profile", beyond, above(NEAR), over_prediction),
-        (f"With the rank taken out (∂L/∂ΔW) the imbalance still grows by over {NEAR:.0%}", without_rank, above(NEAR), of_delta_w),
+        (f"The amplification exceeds what √r makes of the uniform profile by {half}", beyond, above(NEAR), over_prediction),
+        (f"With the rank taken out (∂L/∂ΔW) the imbalance still grows by {half}", without_rank, above(NEAR), of_delta_w),
     ):
-        yield by_steps(one.num_steps, statistic, region, f"{what}, seed {one.seed}").claim(
-            text, source=f"{SOURCE}, section 5", published=published
-        )
+        yield by_runs(runs, statistic, region, what).claim(text, source=f"{SOURCE}, section 5", published=published)
 
 
-def sqrt_law_claim(one: Profiled) -> Claim:
-    """Of ranks that do not depend on the noise of the uniform cell."""
-    what = f"(β − ½) log(max r / min r), by all layers, {one.strategy} ranks, seed {one.seed}"
-    return by_steps(one.num_steps, one.excess, within(-NEAR, NEAR), what).claim(
-        f"A rank moves its layer's share by √r and nothing else, to {NEAR:.0%} of the ratio ({one.strategy} ranks)",
+def sqrt_law_claim(runs: Sequence[Profiled]) -> Claim:
+    """Of ranks that do not depend on the noise of the uniform cell; one strategy, every seed."""
+    strategy = runs[0].strategy
+    what = f"(β − ½) log(max r / min r), by all layers, {strategy} ranks"
+    return by_runs(runs, Profiled.excess, within(-NEAR, NEAR), what).claim(
+        f"A rank moves its layer's share by √r, to half of the published amplification ({strategy} ranks)",
         source="control, not published",
         published="not run",
     )
 
 
-def by_steps(num_steps: int, statistic: Callable[[NDArray[np.int64]], float], region: Region, what: str) -> Decision:
-    """Decides from `over_steps`."""
-    return by_interval(over_steps(statistic, num_steps), region, f"{what} (blocks of steps resampled)")
+def by_runs(runs: Sequence[Profiled], statistic: Callable[[Profiled, NDArray[np.int64]], float], region: Region, what: str) -> Decision:
+    """Decides from `over_runs`: the mean of the seeds."""
+    seeds = "seed " + ", ".join(str(one.seed) for one in runs)
+    found = over_runs([(partial(statistic, one), one.num_steps) for one in runs])
+    return by_interval(found, region, f"{what}, {seeds} (blocks of steps resampled)")

@@ -113,6 +113,15 @@ class RankAllocationConfig(Section):
     """s of W + s·B·A at the uniform rank, in every scale mode."""
     dynamic_every: NonNegative = 0
     """Also a run that begins with uniform ranks and reallocates them, proportionally, every so many steps; 0 = none."""
+    repeated: tuple[Strategy, ...] | None = None
+    """Those of `strategies` that run with every seed; the others, the other scale modes and the dynamic run with the first one alone.
+    None = everything with every seed."""
+
+    @model_validator(mode="after")
+    def _repeats_what_runs(self) -> RankAllocationConfig:
+        if unknown := sorted(set(self.repeated or ()) - set(self.strategies)):
+            raise ValueError(f"repeated: {unknown[0]!r} is none of the strategies: {', '.join(self.strategies)}")
+        return self
 
 
 CODE_TASKS = ("humaneval", "mbpp")

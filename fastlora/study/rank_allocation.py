@@ -28,7 +28,7 @@ from fastlora.config import RunConfig
 from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
-from fastlora.study.amplification import SAME_BUDGET, SOURCE, Profiled, amplification_claims, by_steps, max_min, sqrt_law_claim
+from fastlora.study.amplification import SAME_BUDGET, SOURCE, Profiled, amplification_claims, by_runs, max_min, sqrt_law_claim
 from fastlora.study.cells import Cell
 from fastlora.study.claims import (
     Claim,
@@ -96,7 +96,9 @@ class RankAllocation:
             dynamic = (DYNAMIC,) if self.own.dynamic_every else ()
             strategies = (*self.own.strategies, *dynamic) if number == 0 else ("proportional",)
             for seed in self.config.seeds:
-                yield from ((scaling, seed, strategy) for strategy in strategies if strategy != UNIFORM)
+                again = self.own.repeated is None or seed == self.config.seeds[0]
+                repeated = strategies if again else (self.own.repeated or ()) if number == 0 else ()
+                yield from ((scaling, seed, strategy) for strategy in repeated if strategy != UNIFORM)
 
     def _uniform_ranks(self) -> tuple[int, ...]:
         return (self.own.rank,) * len(self.layers)
@@ -134,12 +136,15 @@ class RankAllocation:
         """Tables, figures and verdicts of all cells."""
         cells = by_strategy(folders)
         everything = [cell for by_seed in cells.values() for cell in by_seed.values()]
-        profiles = cells.pop(f"{PROFILE} @ {self.own.scalings[0]}")
+        del cells[f"{PROFILE} @ {self.own.scalings[0]}"]
         main = {name.partition(" @ ")[0]: by_seed for name, by_seed in cells.items() if name.endswith(f" @ {self.own.scalings[0]}")}
         profiled = [self._profiled(main, strategy, seed) for strategy, by_seed in main.items() for seed in by_seed]
-        found = compare_cells(main, list(_pairs(main)))
+        common = set.intersection(*(set(by_seed) for by_seed in main.values()))
+        found = compare_cells(
+            {name: {seed: cell for seed, cell in by_seed.items() if seed in common} for name, by_seed in main.items()}, list(_pairs(main))
+        )
         claims = (
-            *self._mechanism_claims(profiles, profiled),
+            *self._mechanism_claims(profiled),
             *(
                 accuracy_claim(
                     f"{one.second} ranks are better than {one.first} ones",
@@ -187,33 +192,23 @@ class RankAllocation:
         """Rank of each layer, whose modules share one (after the last reallocation, in a dynamic cell)."""
         return tuple(cell.ranks.get(names[0], 0) for names in self.layers)
 
-    def _mechanism_claims(self, profiles: Mapping[int, CellResult], profiled: list[Profiled]) -> Iterator[Claim]:
+    def _mechanism_claims(self, profiled: list[Profiled]) -> Iterator[Claim]:
         kept = {f"{one.strategy}/seed-{one.seed}": sum(one.ranks_l) == self.budget for one in profiled if one.strategy != "reduced"}
         yield by_property(kept, f"Σ r over layers = {self.budget}").claim(
             "Every strategy but `reduced` spends the same budget", source=f"{SOURCE}, section 3", published="36.9 M parameters each"
         )
-        first = self.config.seeds[0]
-        uniform = next(one for one in profiled if one.strategy == UNIFORM and one.seed == first)
-        yield by_steps(
-            uniform.num_steps,
-            lambda steps: _top_share(uniform.shares["raw"], steps),
-            below(FLAT),
-            f"share of the strongest {TOP_LAYERS:.0%} of layers, uniform ranks, seed {first}",
-        ).claim(
+        of = {name: [one for one in profiled if one.strategy == name] for name in (UNIFORM, *SAME_BUDGET)}
+        what = f"share of the strongest {TOP_LAYERS:.0%} of layers, uniform ranks"
+        yield by_runs(of[UNIFORM], lambda one, steps: _top_share(one.shares["raw"], steps), below(FLAT), what).claim(
             "Under GRPO the gradient is spread flatly over the layers", source=f"{SOURCE}, section 4", published="36 % (SFT: above 80 %)"
         )
-        stable = _early_against_late(uniform.shares["raw"])
-        yield by_interval(stable, above(STABLE), "correlation of early and late profile").claim(
+        stable = _early_against_late([one.shares["raw"] for one in of[UNIFORM]])
+        yield by_interval(stable, above(STABLE), "correlation of early and late profile, mean of the seeds").claim(
             "The profile is stable over training", source=f"{SOURCE}, section 4", published=".962"
         )
-        again = correlation(profiles[first].layer_norms("raw").share_l.tolist(), uniform.norms.share_l.tolist())
-        yield by_interval(again, above(STABLE), "correlation of the profiles of two runs on other problems").claim(
-            "The profile is that of another run, too", source="control, not published", published="one run"
-        )
-        proportional = next((one for one in profiled if one.strategy == "proportional" and one.seed == first), None)
-        if proportional is not None:
-            yield from amplification_claims(proportional)
-        yield from (sqrt_law_claim(one) for one in profiled if one.strategy in SAME_BUDGET and one.seed == first)
+        if of["proportional"]:
+            yield from amplification_claims(of["proportional"])
+        yield from (sqrt_law_claim(of[name]) for name in self.own.repeated or SAME_BUDGET if name in SAME_BUDGET and of[name])
 
     def _ablation_table(self, cells: Cells) -> Table:
         rows: list[tuple[Value, ...]] = []
@@ -309,12 +304,15 @@ def _top_share(shares_ls: NDArray[np.float64], steps: NDArray[np.int64]) -> floa
     return float(share_l[: math.ceil(TOP_LAYERS * len(share_l))].sum())
 
 
-def _early_against_late(shares_ls: NDArray[np.float64]) -> HasInterval:
-    """Correlation over the layers of the mean shares of the first and of the last third of the steps; NaN below 3 steps."""
-    third = shares_ls.shape[1] // 3
+def _early_against_late(runs: list[NDArray[np.float64]]) -> HasInterval:
+    """Correlation over the layers of the shares [l, s] in the first and the last third of the steps, each the mean of the runs; NaN below
+    3 steps.
+    """
+    third = min(shares_ls.shape[1] for shares_ls in runs) // 3
     if third == 0:
         return Estimate(math.nan, math.nan, math.nan)
-    return correlation(shares_ls[:, :third].mean(axis=1).tolist(), shares_ls[:, -third:].mean(axis=1).tolist())
+    early, late = (np.mean([shares_ls[:, part].mean(axis=1) for shares_ls in runs], axis=0) for part in (slice(third), slice(-third, None)))
+    return correlation(early.tolist(), late.tolist())
 
 
 def _ratio_table(profiled: list[Profiled]) -> Table:

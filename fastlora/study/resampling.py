@@ -10,7 +10,7 @@ models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +23,35 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
-def over_steps(statistic: Callable[[NDArray[np.int64]], float], num_steps: int, *, seed: int = 0) -> Estimate:
-    """statistic(indices of steps [s]) of all steps, and its 95 % percentile interval over resampled blocks of ⌈∛s⌉ neighbours.
+Statistic = Callable[[NDArray[np.int64]], float]
+"""Of a run, of these steps [s] of it."""
+
+
+def over_steps(statistic: Statistic, num_steps: int) -> Estimate:
+    """`over_runs` of one run."""
+    return over_runs([(statistic, num_steps)])
+
+
+def over_runs(runs: Sequence[tuple[Statistic, int]]) -> Estimate:
+    """Mean over runs (statistic, number of steps) of the statistic of all steps, and its 95 % percentile interval over resampled blocks of
+    ⌈∛s⌉ neighbours, in each run by themselves.
 
     Below 3 steps the limits are NaN, which decide nothing.
     """
-    if num_steps < 3:
-        return Estimate(statistic(np.arange(num_steps)), math.nan, math.nan)
+    value = float(np.mean([statistic(np.arange(num_steps)) for statistic, num_steps in runs]))
+    if min(num_steps for _, num_steps in runs) < 3:
+        return Estimate(value, math.nan, math.nan)
+    generator = np.random.default_rng(0)
+    drawn = [[statistic(chosen) for chosen in _resampled_blocks(num_steps, generator)] for statistic, num_steps in runs]
+    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(value, float(low), float(high))
+
+
+def _resampled_blocks(num_steps: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of steps [RESAMPLES, s]."""
     block = int(np.ceil(num_steps ** (1 / 3)))
-    generator = np.random.default_rng(seed)
     starts = generator.integers(num_steps - block + 1, size=(RESAMPLES, -(-num_steps // block)))
-    indices = (starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :num_steps]
-    low, high = np.quantile([statistic(chosen) for chosen in indices], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(statistic(np.arange(num_steps)), float(low), float(high))
+    return np.asarray((starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :num_steps])
 
 
 def leave_one_out(statistic: Callable[[NDArray[np.int64]], float], num_batches: int) -> Estimate:

@@ -30,7 +30,7 @@ def profiled(strategy: str, *, exponent: float, noise: float, seed: int = 0, own
     shares_ls = noisy_shares(true_l, rng, noise)
     norms = LayerNorms(np.arange(LAYERS, dtype=np.int32), np.arange(STEPS, dtype=np.int32), shares_ls)
     of = {"raw": shares_ls, "delta_w": noisy_shares(TRUE_L, rng, noise)}
-    return Profiled(strategy, 0, ranks_l, norms, of, {"raw": uniform_ls, "delta_w": uniform_ls}, (RANK,) * LAYERS)
+    return Profiled(strategy, seed, ranks_l, norms, of, {"raw": uniform_ls, "delta_w": uniform_ls}, (RANK,) * LAYERS)
 
 
 def test_without_noise_the_excess_is_the_exponent_s_own() -> None:
@@ -43,7 +43,11 @@ def test_without_noise_the_excess_is_the_exponent_s_own() -> None:
 @pytest.mark.parametrize(("exponent", "verdict"), [(0.5, "supported"), (0.8, "not supported"), (0.2, "not supported")])
 @pytest.mark.parametrize("strategy", SAME_BUDGET)
 def test_the_law_is_decided_by_all_layers(strategy: str, exponent: float, verdict: str) -> None:
-    assert sqrt_law_claim(profiled(strategy, exponent=exponent, noise=0.03)).verdict == verdict
+    runs = [profiled(strategy, exponent=exponent, noise=0.03, seed=seed) for seed in (0, 1)]
+    claim = sqrt_law_claim(runs)
+    assert claim.verdict == verdict
+    mean = np.mean([one.excess(np.arange(STEPS)) for one in runs])
+    assert claim.measured.startswith(f"{mean:.3g} ".replace("-", "−")) and ", seed 0, 1 (" in claim.test
 
 
 @pytest.mark.parametrize("own_profile", [False, True])
@@ -67,5 +71,5 @@ def test_ranks_by_the_compared_profile_regress_to_its_mean(own_profile: bool) ->
     ],
 )
 def test_the_paper_s_claims(exponent: float, verdicts: list[str]) -> None:
-    claims = amplification_claims(profiled("proportional", exponent=exponent, noise=0.01))
+    claims = amplification_claims([profiled("proportional", exponent=exponent, noise=0.01, seed=seed) for seed in (0, 1)])
     assert [claim.verdict for claim in claims] == verdicts

@@ -164,6 +164,11 @@ def test_bad_study_files_are_refused_with_file_and_key(tmp_path: Path, text: str
             "strategies.0: 'proportionl' is unknown; did you mean proport",
         ),
         ("rank-allocation", "[rank_allocation]\nstrategies = ['uniform', 'uniform']", "strategies: uniform stands there twice"),
+        (
+            "rank-allocation",
+            "[rank_allocation]\nstrategies = ['uniform']\nrepeated = ['random']",
+            "repeated: 'random' is none of the strategies: uniform",
+        ),
         ("layer-selection", "[layer_selection]\nselections = ['best']", "selections.0: 'best' is unknown; .*path/to/file.py:function"),
         ("placement", "[placement]\nbatches = 5", "placement.batches: .*greater than or equal to 16"),
         ("reward-density", "[reward_density]\nregimes = ['dense']", "regimes.0: .*'outcome', 'process' or 'distillation'"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastlora.study.claims import Estimate
 from fastlora.study.placement import Structured
-from fastlora.study.resampling import leave_one_out, over_steps
+from fastlora.study.resampling import leave_one_out, over_runs, over_steps
 
 
 def test_the_interval_of_a_mean_of_independent_steps() -> None:
@@ -19,6 +19,14 @@ def test_the_interval_of_a_mean_of_independent_steps() -> None:
     found = over_steps(lambda steps: float(values[steps].mean()), len(values))
     assert found.value == pytest.approx(values.mean())
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=0.2)
+
+
+def test_runs_are_resampled_each_by_itself() -> None:
+    """The mean of four runs is known twice as well as each; runs of other lengths and levels do not mix."""
+    values = [np.random.default_rng(seed).normal(10.0 * seed, 1.0, size=200 + seed) for seed in range(4)]
+    found = over_runs([(lambda steps, one=one: float(one[steps].mean()), len(one)) for one in values])
+    assert found.value == pytest.approx(np.mean([one.mean() for one in values]))
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 / np.sqrt(4 * 200), rel=0.2)
 
 
 def test_alike_neighbours_widen_it() -> None:
