@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import norm, spearmanr
 
 from fastlora.probe import LayerScores
+from fastlora.study.claims import Estimate
 from fastlora.study.config import load_study_config
 from fastlora.study.layer_selection import LayerSelection, runs_of
 from tests.study.configs import write_study
@@ -53,6 +54,22 @@ def test_agreement_of_the_probes_is_the_mean_over_pairs_with_a_jackknife(study: 
     value = agreement([0, 1, 2, 3])
     assert claim.measured == f"{value:.3g} [{value - reach:.3g}, {value + reach:.3g}]"
     assert claim.verdict == ("supported" if value - reach > 0.8 else "undecided")
+
+
+@pytest.mark.parametrize(
+    ("top", "last", "verdicts"),
+    [(0.70, 0.65, ["supported"] * 2), (0.85, 0.85, ["not supported"] * 2), (0.77, 0.80, ["undecided"] * 2)],
+)
+def test_savings_are_held_against_the_published_mean_and_the_last_layers_own(
+    study: LayerSelection, tmp_path: Path, top: float, last: float, verdicts: list[str]
+) -> None:
+    layers = {layer: float(layer) for layer in range(30)}
+    (folder := tmp_path / "probe").mkdir()
+    LayerScores(layers, {}, {layer: [score] for layer, score in layers.items()}, "m", "sft", 1, 0, 1, 42, 4, 1.0, 1, 1, 1).write(folder)
+    ratios = {f"{name}-sft": Estimate(ratio, ratio - 0.02, ratio + 0.02) for name, ratio in (("top", top), ("last", last))}
+    *saved, _ = study._claims({"probe/0": folder, "probe/1": folder, "probe/2": folder}, ratios)
+    assert [claim.verdict for claim in saved] == verdicts
+    assert [claim.text.partition(" train at least ")[2] for claim in saved] == ["23.1% faster (sft)", "20% faster (sft)"]
 
 
 @pytest.mark.parametrize(
