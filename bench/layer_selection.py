@@ -81,10 +81,13 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     command = parser("bench.layer_selection", __doc__)
-    command.add_argument("--pairs", type=positive, default=7, metavar="N", help="rounds, 3 at least (default 7)")
+    command.add_argument("--pairs", type=positive, default=7, metavar="N", help=f"rounds, {LEAST_ROUNDS} at least (default 7)")
     command.add_argument("--layers", type=_layers, metavar="L,L,...", help="one more set of layers")
     command.add_argument("--dry-run", action="store_true", help="completions of 8 tokens, three rounds, nothing written or judged")
-    return command.parse_args(argv)
+    options = command.parse_args(argv)
+    if options.pairs < LEAST_ROUNDS:  # before anything is probed
+        command.error(f"--pairs {options.pairs}: {LEAST_ROUNDS} at least")
+    return options
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The base of every error with a name: what went wrong, where, and what to do, in one message."""
 
+from collections.abc import Collection
 from typing import ClassVar
 
 
@@ -16,3 +17,9 @@ class StoppedError(FastloraError):
 
 class StoppedByAlarmError(StoppedError):
     """An alarm whose action is "stop" went off; the run is saved, and resuming it goes on past the alarm."""
+
+
+def refuse_unknown_options(given: Collection[str], known: Collection[str], of: str, error: type[FastloraError]) -> None:
+    """Raises `error` for names of a task's options that it does not know; of: "a probe"."""
+    if unknown := sorted(set(given) - set(known)):
+        raise error(f"options of {of}: {', '.join(unknown)} is unknown; known are {', '.join(known)}")

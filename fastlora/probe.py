@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fastlora.atomic import atomic_write_text
 from fastlora.build import peak_memory_bytes, prepared_model, recompute_activations, training_examples
 from fastlora.config import RunConfig
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, refuse_unknown_options
 from fastlora.memory_plan import MemoryPlan, largest_batch, plan_probe, resident_bytes
 from fastlora.metrics import layer_of
 from fastlora.model import BaseModel, meta_model
@@ -104,8 +104,7 @@ def read_probe(path: Path) -> LayerScores:
 
 def run_probe(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """The task of a study: `probe` with these options, its result in `folder`/probe.json. Raises ProbeError for an unknown option."""
-    if unknown := sorted(options.keys() - set(OPTIONS)):
-        raise ProbeError(f"options of a probe: {', '.join(unknown)} is unknown; known are {', '.join(OPTIONS)}")
+    refuse_unknown_options(options, OPTIONS, "a probe", ProbeError)
     probe(config, **options, say=say).write(folder)
 
 

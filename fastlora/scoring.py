@@ -31,7 +31,7 @@ from torch import Tensor
 from fastlora.atomic import atomic_write_bytes, atomic_write_text
 from fastlora.build import Parts, build
 from fastlora.config import RunConfig
-from fastlora.errors import FastloraError
+from fastlora.errors import FastloraError, refuse_unknown_options
 from fastlora.gradient_structure import GradientRows, Structure, structure_of
 from fastlora.lora.packed import PackedAdapter, Slot
 from fastlora.loss_config import LossConfig
@@ -110,8 +110,7 @@ def read_sums(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def run_score(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """The task of a study: `score_entries` with these options into `folder`. Raises ScoringError for an unknown option."""
-    if unknown := sorted(options.keys() - set(OPTIONS)):
-        raise ScoringError(f"options of a scoring: {', '.join(unknown)} is unknown; known are {', '.join(OPTIONS)}")
+    refuse_unknown_options(options, OPTIONS, "a scoring", ScoringError)
     score_entries(config, **options, say=say).write(folder)
 
 

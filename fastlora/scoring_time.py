@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fastlora.build import build
 from fastlora.config import RunConfig
+from fastlora.errors import refuse_unknown_options
 from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer
 from fastlora.run_folder import RunFolder
@@ -34,8 +35,7 @@ OPTIONS = ("rounds",)
 
 def run_scoring_time(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """The task of a study: `time_scoring` with these options into `folder`. Raises TurnsError for an unknown option."""
-    if unknown := sorted(options.keys() - set(OPTIONS)):
-        raise TurnsError(f"options of scoring times: {', '.join(unknown)} is unknown; known are {', '.join(OPTIONS)}")
+    refuse_unknown_options(options, OPTIONS, "scoring times", TurnsError)
     time_scoring(config, folder, **options, say=say).write(folder)
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fastlora.build import build
 from fastlora.config import RunConfig
+from fastlora.errors import refuse_unknown_options
 from fastlora.ops.registry import use_implementation
 from fastlora.progress import StepTimer
 from fastlora.run_folder import RunFolder
@@ -30,8 +31,7 @@ OPTIONS = ("runs", "rounds")
 
 def run_update_time(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
     """The task of a study: `time_updates` with these options into `folder`. Raises TurnsError for an unknown option."""
-    if unknown := sorted(options.keys() - set(OPTIONS)):
-        raise TurnsError(f"options of update times: {', '.join(unknown)} is unknown; known are {', '.join(OPTIONS)}")
+    refuse_unknown_options(options, OPTIONS, "update times", TurnsError)
     time_updates(config, folder, **options, say=say).write(folder)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import fastlora.scoring_time
+from fastlora.build import build
 from fastlora.config import load_config
 from fastlora.objectives import PolicyObjective, StepData
 from fastlora.scoring import Scorer, ScoringError
@@ -33,7 +35,8 @@ def test_both_take_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(PolicyObjective, "collect", collect)
     monkeypatch.setattr(fastlora.scoring_time, "Scorer", lambda *args: scorers.append(Scorer(*args)) or scorers[-1])
     monkeypatch.setattr(fastlora.scoring_time, "Trainer", lambda *args: trainers.append(Trainer(*args)) or trainers[-1])
-    run_scoring_time(load_config(write_config(tmp_path)), tmp_path, {"rounds": 3}, print)
+    config = load_config(write_config(tmp_path))
+    run_scoring_time(config, tmp_path, {"rounds": 3}, print)
     assert [step for step, _ in collected] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert collected[::2] == collected[1::2]  # trained or not, who samples is untouched
     assert {name: len(seconds) for name, seconds in Turns.read(tmp_path).seconds.items()} == {SCORING: 3, STEP: 3}
@@ -41,7 +44,8 @@ def test_both_take_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     scored, trained = scorers[0]._adapter, trainers[0].parts.adapter
     assert trained is not None and not any(bool(scored.b_rn(name).any()) for name in scored.slots)
     assert any(bool(trained.b_rn(name).any()) for name in trained.slots)
-    assert all(torch.equal(scored.a_rd(name), scored.a_rd(name)) for name in scored.slots)
+    fresh = build(config, Console(quiet=True)).adapter
+    assert fresh is not None and all(torch.equal(scored.a_rd(name), fresh.a_rd(name)) for name in scored.slots)
 
 
 def test_bad_options_are_named(tmp_path: Path) -> None:

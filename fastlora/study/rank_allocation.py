@@ -28,7 +28,16 @@ from fastlora.config import RunConfig
 from fastlora.lora.patterns import scale_of
 from fastlora.metrics import GRADIENT_PROFILE_FILE
 from fastlora.statistics import correlation
-from fastlora.study.amplification import SAME_BUDGET, SOURCE, Profiled, amplification_claims, by_runs, max_min, sqrt_law_claim
+from fastlora.study.amplification import (
+    PUBLISHED_RATIO,
+    SAME_BUDGET,
+    SOURCE,
+    Profiled,
+    amplification_claims,
+    by_runs,
+    max_min,
+    sqrt_law_claim,
+)
 from fastlora.study.cells import Cell
 from fastlora.study.claims import (
     Claim,
@@ -54,7 +63,6 @@ PROFILE_SEED = 1000
 """Added to a cell's seed: that of the run whose profile chooses its ranks."""
 PUBLISHED_ACCURACY = {"reduced": 0.65, "random": 0.675, "proportional": 0.70, "uniform": 0.745}
 """GSM8K, Qwen2.5-1.5B-Instruct, 200 problems, one seed; the base model .66."""
-PUBLISHED_RATIO = {"uniform": 2.17, "proportional": 3.00, "reduced": 3.57}
 PUBLISHED_SHIFT = {"random": 0.972, "proportional": 0.946}
 MEASURES: tuple[Measure, ...] = ("raw", "rank_normalised", "delta_w")
 TOP_LAYERS = 0.3
@@ -96,9 +104,10 @@ class RankAllocation:
             dynamic = (DYNAMIC,) if self.own.dynamic_every else ()
             strategies = (*self.own.strategies, *dynamic) if number == 0 else ("proportional",)
             for seed in self.config.seeds:
-                again = self.own.repeated is None or seed == self.config.seeds[0]
-                repeated = strategies if again else (self.own.repeated or ()) if number == 0 else ()
-                yield from ((scaling, seed, strategy) for strategy in repeated if strategy != UNIFORM)
+                chosen = strategies
+                if self.own.repeated is not None and seed != self.config.seeds[0]:
+                    chosen = self.own.repeated if number == 0 else ()
+                yield from ((scaling, seed, strategy) for strategy in chosen if strategy != UNIFORM)
 
     def _uniform_ranks(self) -> tuple[int, ...]:
         return (self.own.rank,) * len(self.layers)

@@ -100,8 +100,8 @@ class RewardDensity:
         )
 
     def _run(self, regime: str, size: int | str, seed: int, teacher: Path | None, more: Mapping[str, Any] | None = None) -> RunConfig:
-        own = {"seed": seed, "advantage.estimator": "deposits", **self._lora()}
-        changes: dict[str, Any] = {**own, **self.own.runs.get(regime, {}), **(more or {})}
+        own = {"seed": seed, "advantage.estimator": "deposits"}
+        changes: dict[str, Any] = {**own, **self.own.runs.get(regime, {}), **self._lora(), **(more or {})}
         if regime == DISTILLATION and teacher is not None:
             changes["reward.distillation.adapter"] = RunFolder(teacher).adapter
         if size == FULL:

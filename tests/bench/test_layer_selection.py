@@ -68,5 +68,11 @@ def test_layers_that_the_model_has_not(text: str, capsys: pytest.CaptureFixture[
     assert "layers go from 0 to 29" in capsys.readouterr().err
 
 
+def test_too_few_rounds_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--pairs", "2"])
+    assert "--pairs 2: 3 at least" in capsys.readouterr().err
+
+
 def test_layers_of_ones_own() -> None:
     assert parse(["--layers", "7,3,7"]).layers == (3, 7)
