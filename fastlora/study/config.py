@@ -254,7 +254,7 @@ class StudyConfig(Section):
     output_dir: Path = Path("runs/studies")
     """The study writes to a folder in it that has the name of the study's file."""
     max_retries: NonNegative = 1
-    """Times that a cell is tried again after its worker died or raised an unexpected error."""
+    """Times that a cell is tried again after its process died or raised an unexpected error."""
     timing_rounds: Annotated[int, Field(ge=3)] = 25
     """Rounds in which what is timed takes turns (updates in layer-selection, scoring in placement); 3 is the least that has an interval."""
     resources: ResourcesConfig = ResourcesConfig()

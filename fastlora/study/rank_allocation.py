@@ -15,7 +15,7 @@ uniform run's; that prediction (allocation.sqrt_rank_shares) stands beside every
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ class RankAllocation:
         everything = [cell for by_seed in cells.values() for cell in by_seed.values()]
         del cells[f"{PROFILE} @ {self.own.scalings[0]}"]
         main = {name.partition(" @ ")[0]: by_seed for name, by_seed in cells.items() if name.endswith(f" @ {self.own.scalings[0]}")}
-        profiled = [self._profiled(main, strategy, seed) for strategy, by_seed in main.items() for seed in by_seed]
+        steps = {seed: _common_steps([by_seed[seed] for by_seed in main.values() if seed in by_seed]) for seed in main[UNIFORM]}
+        profiled = [self._profiled(main, strategy, seed, steps[seed]) for strategy, by_seed in main.items() for seed in by_seed]
         common = set.intersection(*(set(by_seed) for by_seed in main.values()))
         found = compare_cells(
             {name: {seed: cell for seed, cell in by_seed.items() if seed in common} for name, by_seed in main.items()}, list(_pairs(main))
@@ -183,17 +184,15 @@ class RankAllocation:
             setting(self.config, command, everything),
         )
 
-    def _profiled(self, main: Cells, strategy: str, seed: int) -> Profiled:
+    def _profiled(self, main: Cells, strategy: str, seed: int, steps: NDArray[np.int64]) -> Profiled:
         cell, uniform = main[strategy][seed], main[UNIFORM][seed]
-        norms = {(who.name, measure): who.layer_norms(measure) for who in (cell, uniform) for measure in MEASURES}
-        common = np.array(sorted(set.intersection(*(_steps_with_gradient(one) for one in norms.values()))), dtype=np.int64)
         return Profiled(
             strategy,
             seed,
             self._layer_ranks(cell),
-            norms[cell.name, "raw"],
-            {measure: _shares_at(norms[cell.name, measure], common) for measure in MEASURES},
-            {measure: _shares_at(norms[uniform.name, measure], common) for measure in MEASURES},
+            cell.layer_norms("raw"),
+            {measure: _shares_at(cell.layer_norms(measure), steps) for measure in MEASURES},
+            {measure: _shares_at(uniform.layer_norms(measure), steps) for measure in MEASURES},
             self._layer_ranks(uniform),
         )
 
@@ -217,7 +216,8 @@ class RankAllocation:
         )
         if of["proportional"]:
             yield from amplification_claims(of["proportional"])
-        yield from (sqrt_law_claim(of[name]) for name in self.own.repeated or SAME_BUDGET if name in SAME_BUDGET and of[name])
+        if asked := [one for name in SAME_BUDGET for one in of[name]]:
+            yield sqrt_law_claim(asked)
 
     def _ablation_table(self, cells: Cells) -> Table:
         rows: list[tuple[Value, ...]] = []
@@ -273,6 +273,12 @@ def _steps_with_gradient(norms: LayerNorms) -> set[int]:
     return set(norms.steps[norms.norms_ls.sum(axis=0) > 0].tolist())
 
 
+def _common_steps(cells: Sequence[CellResult]) -> NDArray[np.int64]:
+    """Steps that had a gradient in all of the cells, by every measure, ascending."""
+    found = set.intersection(*(_steps_with_gradient(cell.layer_norms(measure)) for cell in cells for measure in MEASURES))
+    return np.array(sorted(found), dtype=np.int64)
+
+
 def _shares_at(norms: LayerNorms, steps: NDArray[np.int64]) -> NDArray[np.float64]:
     """Shares of the layers at these steps, [l, s]."""
     norms_ls = norms.norms_ls[:, np.isin(norms.steps, steps)]
@@ -281,10 +287,9 @@ def _shares_at(norms: LayerNorms, steps: NDArray[np.int64]) -> NDArray[np.float6
 
 def _own_ratios(cell: CellResult) -> Iterator[float]:
     """Max/min ratio by every measure, over all steps that had a gradient."""
+    steps = _common_steps([cell])
     for measure in MEASURES:
-        norms = cell.layer_norms(measure)
-        shares_ls = _shares_at(norms, np.array(sorted(_steps_with_gradient(norms))))
-        yield max_min(shares_ls, np.arange(shares_ls.shape[1]))
+        yield max_min(_shares_at(cell.layer_norms(measure), steps), np.arange(len(steps)))
 
 
 def named(strategy: str, scaling: str, seed: int) -> str:

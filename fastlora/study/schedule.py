@@ -1,12 +1,12 @@
 """Cells on Ray: a stage at a time, as many together as the resources allow, retried within a bound, finished ones never again.
 
     waiting ─► running ─► finished            finished.json is there: kept for good
-                  │ worker died, unexpected error: back to waiting, at most max_retries times
+                  │ process died, unexpected error: back to waiting, at most max_retries times
                   └─► failed                  named, with the end of its log, when every other cell of the stage is done
 
 Ray starts processes and counts CPUs and GPUs; what a cell is, whether it is done, how often it was tried is ours and lies in files. Ray's
-own retries are off, its workers serve one cell each (max_calls = 1: its peak memory is the cell's). On a cluster every
-machine must see the checkout and the output folder under the same path.
+own retries are off; a worker of its own forks a process for each cell (forked.py). On a cluster every machine must see the checkout and the
+output folder under the same path.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from fastlora.errors import FastloraError
 from fastlora.interrupt import Interrupted, interruptible
 from fastlora.study.cells import Cell, add_names
 from fastlora.study.config import ResourcesConfig
+from fastlora.study.forked import run_forked
 from fastlora.study.progress import Job, StageProgress
-from fastlora.study.worker import ATTEMPT_FILE, FINISHED_FILE, LOG_FILE, Outcome, run_cell
+from fastlora.study.worker import ATTEMPT_FILE, FINISHED_FILE, LOG_FILE, Outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +97,7 @@ class Scheduler:
             "OMP_NUM_THREADS": str(resources.cpus),  # torch takes as many threads
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # gpus = 0: none is visible; else Ray 2.60 would leave all of them
         }
-        self._run_cell = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=1, max_retries=0)(run_cell)
+        self._run_forked = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(run_forked)
 
     def run(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Runs a stage; returns {cell name: folder}.
@@ -136,15 +137,15 @@ class Scheduler:
 
     def _run_jobs(self, jobs: list[Job], variables: Mapping[str, str]) -> None:
         """variables: of the cells' environment."""
-        run_cell = self._run_cell.options(runtime_env={"env_vars": dict(variables)})
+        run_forked = self._run_forked.options(runtime_env={"env_vars": dict(variables)})
         running: dict[Any, Job] = {}
         with StageProgress(jobs, self._console) as progress:
             try:
                 with interruptible() as check_interrupt:
                     try:
-                        running |= {self._start(job, run_cell): job for job in jobs if job.state == "waiting"}
+                        running |= {self._start(job, run_forked): job for job in jobs if job.state == "waiting"}
                         while running:
-                            self._settle(running, progress, run_cell)
+                            self._settle(running, progress, run_forked)
                             check_interrupt()
                     except Interrupted:
                         self._stop(running, progress)
@@ -155,12 +156,13 @@ class Scheduler:
                     self._ray.cancel(submitted, force=True)
                 raise StudyStoppedError("at once: cells that ran have lost their steps since the last checkpoint") from None
 
-    def _start(self, job: Job, run_cell: Any) -> Any:
-        """Submits an attempt to Ray's `run_cell`; Ray's reference to its outcome."""
+    def _start(self, job: Job, run_forked: Any) -> Any:
+        """Submits an attempt to Ray's `run_forked`; Ray's reference to its outcome."""
         job.attempt += 1
         job.state = "waiting"
         (job.folder / ATTEMPT_FILE).unlink(missing_ok=True)  # the worker writes it when it starts: Ray's queue may be long
-        return run_cell.remote(job.cell, job.folder.absolute(), job.attempt, Path.cwd())
+        preload = not self._resources.gpus
+        return run_forked.remote(job.cell, job.folder.absolute(), job.attempt, Path.cwd(), preload)
 
     def _settle(self, running: dict[Any, Job], progress: StageProgress, again: Any | None) -> None:
         """Waits a moment for attempts to end; books those that did and starts failed ones again by `again`, None = no more: we stop."""
@@ -187,7 +189,7 @@ class Scheduler:
             if stopping:
                 return Outcome("stopped")
             reason = str(error).strip().partition("\n")[0]
-            return Outcome("failed", f"its worker died ({type(error).__name__}: {reason})", retry=True)
+            return Outcome("failed", f"Ray's worker died ({type(error).__name__}: {reason})", retry=True)
 
     def _stop(self, running: dict[Any, Job], progress: StageProgress) -> None:
         """Asks every cell to stop, as Ctrl-C asks a run (fastlora/interrupt.py), and waits until they have."""
@@ -231,5 +233,5 @@ def _python_path() -> str:
 
 def _tail(path: Path) -> list[str]:
     if not path.exists():
-        return ["(nothing: the worker died before it could write)"]
+        return ["(nothing: the process died before it could write)"]
     return path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]

@@ -20,10 +20,15 @@ from fastlora.study.tasks import Say
 
 
 def write(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
-    """Leaves one line per execution in ran.txt: seed, seconds at start and end, process."""
+    """Leaves one line per execution in ran.txt: seed, seconds at start and end, process. Ends when `together` cells have begun."""
     say(f"seed {config.seed}")
     start = time.time()
     time.sleep(options.get("seconds", 0.0))
+    (folder / "began").touch()
+    while len([*folder.parent.glob("*/began")]) < options.get("together", 1):
+        if time.time() > start + 60:
+            raise TimeoutError("alone after a minute")
+        time.sleep(0.05)
     with (folder / "ran.txt").open("a") as file:
         file.write(f"{config.seed} {start} {time.time()} {os.getpid()}\n")
 
@@ -36,6 +41,17 @@ def machine(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Sa
 
     seen = {"threads": torch.get_num_threads(), "fastlora": fastlora.__file__, "name": config.name, "output_dir": str(config.output_dir)}
     (folder / "machine.json").write_text(json.dumps(seen | {"cwd": os.getcwd(), "omp": os.environ["OMP_NUM_THREADS"]}))
+
+
+def peak(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Holds `mib` of memory for a moment; the process's peak as a run reports it."""
+    import torch
+
+    from fastlora.build import peak_memory_bytes
+
+    held = bytearray(options["mib"] << 20)
+    (folder / "peak").write_text(str(peak_memory_bytes(torch.device("cpu"))))
+    del held
 
 
 def die(config: RunConfig, folder: Path, options: Mapping[str, Any], say: Say) -> None:

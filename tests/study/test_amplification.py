@@ -41,13 +41,20 @@ def test_without_noise_the_excess_is_the_exponent_s_own() -> None:
 
 
 @pytest.mark.parametrize(("exponent", "verdict"), [(0.5, "supported"), (0.8, "not supported"), (0.2, "not supported")])
-@pytest.mark.parametrize("strategy", SAME_BUDGET)
-def test_the_law_is_decided_by_all_layers(strategy: str, exponent: float, verdict: str) -> None:
-    runs = [profiled(strategy, exponent=exponent, noise=0.03, seed=seed) for seed in (0, 1)]
+def test_the_law_is_decided_by_all_layers_of_all_strategies(exponent: float, verdict: str) -> None:
+    seeds = {0: SAME_BUDGET, 1: ("proportional", "random")}
+    runs = [profiled(name, exponent=exponent, noise=0.03, seed=seed) for seed, names in seeds.items() for name in names]
     claim = sqrt_law_claim(runs)
     assert claim.verdict == verdict
-    mean = np.mean([one.excess(np.arange(STEPS)) for one in runs])
-    assert claim.measured.startswith(f"{mean:.3g} ".replace("-", "−")) and ", seed 0, 1 (" in claim.test
+    mean = np.mean([np.mean([one.excess(np.arange(STEPS)) for one in runs if one.seed == seed]) for seed in seeds])
+    assert claim.measured.startswith(f"{mean:.3g} ".replace("-", "−")), "a seed counts once, however many strategies it has"
+    assert "proportional, shuffled-proportional, inverse-proportional, random ranks, seed 0, 1 (" in claim.test
+
+
+def test_what_the_cells_of_a_seed_share_is_not_averaged_out() -> None:
+    """Four cells that are one: the interval of their mean is the interval of one."""
+    one = profiled("random", exponent=0.5, noise=0.2)
+    assert sqrt_law_claim([one] * 4).measured == sqrt_law_claim([one]).measured
 
 
 @pytest.mark.parametrize("own_profile", [False, True])
