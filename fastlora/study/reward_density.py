@@ -13,7 +13,7 @@ the deposits is the same code. Published: 3 seeds of 100 steps of Qwen3-1.7B-Bas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ BAND = 0.05
 """Points within which an accuracy counts as that of full fine-tuning."""
 LARGER = 0.25
 """Part by which one spread must exceed another over a whole run to count as larger; published peaks differ by factors of 1.6 to 14."""
-COLLAPSED_TRUNCATION = 0.9
+TRUNCATED = 0.9
 COLLAPSE_STEP = 79
 
 
@@ -178,6 +178,7 @@ class RewardDensity:
             )
 
     def _collapse_claims(self, students: Cells) -> Iterator[Claim]:
+        """That a long run collapses, and that it does so by completions that do not end: there is a way to collapse without the other."""
         if PROCESS not in self.own.regimes:
             return
         runs = {
@@ -186,18 +187,30 @@ class RewardDensity:
             if name.startswith(f"{PROCESS} ")
             for seed, cell in by_seed.items()
         }
-        long_enough = {name: _collapsed(cell, self.own.collapse) for name, cell in runs.items() if cell.run.summary.steps >= COLLAPSE_STEP}
-        what = f"accuracy below {self.own.collapse:g} of the base model's and {COLLAPSED_TRUNCATION:.0%} truncated at the end"
-        if long_enough:
-            decision = by_property(long_enough, what)
-        else:  # nothing has happened yet that was said to happen later
-            most = max(cell.run.summary.steps for cell in runs.values())
-            decision = Decision("undecided", f"no run is longer than {most} steps", f"{what}, in runs of {COLLAPSE_STEP} steps and more")
-        yield decision.claim(
-            f"Process rewards collapse in runs of {COLLAPSE_STEP} steps and more",
-            source=f"{SOURCE}, collapse figure",
-            published=f"at step {COLLAPSE_STEP} of 100",
-        )
+        long_enough = {name: cell for name, cell in runs.items() if cell.run.summary.steps >= COLLAPSE_STEP}
+        most = max(cell.run.summary.steps for cell in runs.values())
+
+        def decided(what: str, happened: Callable[[CellResult], bool]) -> Decision:
+            if not long_enough:  # nothing has happened yet that was said to happen later
+                return Decision("undecided", f"no run is longer than {most} steps", f"{what}, in runs of {COLLAPSE_STEP} steps and more")
+            return by_property({name: happened(cell) for name, cell in long_enough.items()}, what)
+
+        for text, decision, published in (
+            (
+                f"Process rewards collapse in runs of {COLLAPSE_STEP} steps and more",
+                decided(f"accuracy below {self.own.collapse:g} of the base model's at the end", self._collapsed),
+                f"pass@1 near 0 at step {COLLAPSE_STEP} of 100",
+            ),
+            (
+                "Completions of such a run no longer end",
+                decided(f"{TRUNCATED:.0%} truncated at the last step", lambda cell: _truncated(cell) >= TRUNCATED),
+                "truncated from step 70",
+            ),
+        ):
+            yield decision.claim(text, source=f"{SOURCE}, collapse figure", published=published)
+
+    def _collapsed(self, cell: CellResult) -> bool:
+        return cell.accuracy.value < self.own.collapse * cell.accuracy_before.value
 
     def _dynamics_table(self, students: Cells) -> Table:
         rows = []
@@ -214,11 +227,11 @@ class RewardDensity:
                         PUBLISHED_STD[regime],
                         step,
                         float(np.nanmean(cell.column("advantage/std"))),
-                        float(cell.column("completion/truncated")[-1]),
+                        _truncated(cell),
                         cell.peak[1].value,
                         cell.accuracy.value,
                         float(np.nanmean(cell.column("entropy"))),
-                        _collapsed(cell, self.own.collapse),
+                        self._collapsed(cell),
                     )
                 )
         columns = (
@@ -275,10 +288,9 @@ def _curves(shown: Cells) -> Figure:
     return curves(panels)
 
 
-def _collapsed(cell: CellResult, fraction: float) -> bool:
-    return bool(
-        cell.accuracy.value < fraction * cell.accuracy_before.value and cell.column("completion/truncated")[-1] >= COLLAPSED_TRUNCATION
-    )
+def _truncated(cell: CellResult) -> float:
+    """Fraction of the last step's completions."""
+    return float(cell.column("completion/truncated")[-1])
 
 
 def _peak(cell: CellResult) -> tuple[int, float]:

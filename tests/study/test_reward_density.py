@@ -77,21 +77,21 @@ def test_steps_without_any_spread_are_counted(synthetic: CellResult, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("steps", "truncated", "right", "verdict"),
+    ("steps", "truncated", "right", "collapses", "does_not_end"),
     [
-        (COLLAPSE_STEP - 1, 1.0, False, "undecided"),
-        (COLLAPSE_STEP, 1.0, False, "supported"),
-        (COLLAPSE_STEP, 0.5, False, "not supported"),
-        (COLLAPSE_STEP, 1.0, True, "not supported"),
+        (COLLAPSE_STEP - 1, 1.0, False, "undecided", "undecided"),
+        (COLLAPSE_STEP, 1.0, False, "supported", "supported"),
+        (COLLAPSE_STEP, 0.5, False, "supported", "not supported"),  # what a laptop saw: answers of two tokens, all of them wrong
+        (COLLAPSE_STEP, 1.0, True, "not supported", "supported"),
     ],
 )
 def test_only_a_run_that_is_long_enough_says_whether_it_collapses(
-    synthetic: CellResult, tmp_path: Path, steps: int, truncated: float, right: bool, verdict: str
+    synthetic: CellResult, tmp_path: Path, steps: int, truncated: float, right: bool, collapses: str, does_not_end: str
 ) -> None:
     short = planted(synthetic, [1.0] * 8, truncated=1.0, right=False)
     longer = planted(synthetic, [1.0] * steps, truncated=truncated, right=right)
-    (claim,) = study(tmp_path)._collapse_claims({"process r 1": {0: short}, f"process r 16, {steps} steps": {0: longer}})
-    assert claim.verdict == verdict
+    claims = study(tmp_path)._collapse_claims({"process r 1": {0: short}, f"process r 16, {steps} steps": {0: longer}})
+    assert [claim.verdict for claim in claims] == [collapses, does_not_end]
 
 
 def test_one_more_process_run_is_as_long_as_asked(tmp_path: Path) -> None:
