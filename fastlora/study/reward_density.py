@@ -137,7 +137,7 @@ class RewardDensity:
             "Reward density and LoRA capacity",
             "reward-density",
             may or ("Nothing: no claim is decided.",),
-            (*may_not, "Where a longer run ends: the published collapse came at steps 28 to 79 of 100"),
+            (*may_not, "How other runs would end: what is said of a collapse is said of the long runs that were made"),
             claims,
             tuple(tables),
             self._pictures(cells, students),
