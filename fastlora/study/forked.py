@@ -5,8 +5,9 @@
           └──────────────────────────────── Outcome, through a pipe ──────────────────────────────────────────┘
 
 A process each, so that a cell's peak memory is its own and what it breaks dies with it; forked, because imports alone take 8 of the 16
-CPU seconds of the shortest run. The server (Python's own, multiprocessing) has no threads, and no GPU when it forks: where cells have GPUs
-nothing is imported beforehand, since bitsandbytes looks for a card when it is imported, and a CUDA driver does not survive a fork.
+CPU seconds of the shortest run. The server (Python's own, multiprocessing) has computed nothing, so that it has one thread (and jemalloc's,
+which knows of forks), and no GPU when it forks: where cells have GPUs nothing is imported beforehand, since bitsandbytes looks for a card
+when it is imported, and a CUDA driver does not survive a fork.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ POLL_SECONDS = 0.1
 
 def run_forked(cell: Cell, folder: Path, attempt: int, working_directory: Path, preload: bool) -> Outcome:
     """`run_cell` in a process forked for it; a KeyboardInterrupt here is sent on to it as SIGINT, and it may save itself."""
+    _hear_ctrl_c()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", *PRELOAD] if preload else ["__main__"])
     receiver, sender = context.Pipe(duplex=False)
@@ -53,7 +56,8 @@ def _received(receiver: Connection, process: Any) -> Outcome | None:
             outcome: Outcome = receiver.recv()
             return outcome
         except KeyboardInterrupt:
-            os.kill(process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended, and the pipe says how
+                os.kill(process.pid, signal.SIGINT)
         except EOFError:
             return None
 
@@ -65,9 +69,15 @@ def _cause(exit_code: int | None) -> str:
 
 def _serve(sender: Connection, variables: Mapping[str, str], *arguments: Any) -> None:
     """In the cell's process. variables: Ray's worker's environment now; the server has the one that it was started with."""
+    _hear_ctrl_c()
     os.environ.update(variables)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(run_cell(*arguments))
+
+
+def _hear_ctrl_c() -> None:
+    """A command in a shell's background (`make studies &`) ignores SIGINT, and so would all that it starts, Ray's cancel included."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end_with_parent() -> None:
