@@ -9,6 +9,7 @@ or ~/.cache/fastlora.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from fastlora.errors import FastloraError
@@ -115,7 +115,7 @@ def _sha256(path: Path) -> str:
     return _sha256_of(path, (found.st_size, found.st_mtime_ns, found.st_ino))
 
 
-@cache
+@functools.cache
 def _sha256_of(path: Path, stat: tuple[int, int, int]) -> str:
     """A run asks three times: for the model, for its shapes and for the tokenizer."""
     with path.open("rb") as file:

@@ -26,7 +26,7 @@ from fastlora.study.cells import Cell
 from fastlora.study.worker import Outcome, run_cell
 
 PRELOAD = ("fastlora.session", "fastlora.probe", "fastlora.scoring", "fastlora.evaluate.adapter")
-"""What tasks.py imports inside its functions."""
+"""Nearly all that tasks.py imports inside its functions; the server passes over a name that it cannot import."""
 
 POLL_SECONDS = 0.1
 """Ray cancels by an exception that is raised between two lines of Python, never inside a system call that waits."""

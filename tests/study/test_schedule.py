@@ -60,7 +60,8 @@ def test_cells_run_side_by_side_once_each(scheduler: Callable[..., Scheduler], t
     assert max(row[1] for row in rows) < min(row[2] for row in rows), "two cells of one CPU each did not run at the same time"
     assert rows[0][3] != rows[1][3]
     done = finished(folders["seed-1"])
-    assert done["name"] == "seed-1" and done["key"] == cells[1].key and done["attempts"] == 1 and 1.0 <= done["seconds"] < 60
+    assert done["name"] == "seed-1" and done["key"] == cells[1].key and done["attempts"] == 1
+    assert 1.0 <= rows[1][2] - rows[1][1] <= done["seconds"] < rows[1][2] - rows[1][1] + 5
     assert "seed 1" in (folders["seed-1"] / "log.txt").read_text()
     assert "seed-1: running" in written(console) and "seed-1: finished" in written(console)
 
